@@ -1,0 +1,31 @@
+"""Packaging of nemo_tiedlora; the exact versions it is tested with are in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="nemo_tiedlora",
+    version="0.1.0",
+    description="Tied, shared, conditional and dynamic low-rank adapters for NVIDIA NeMo and Megatron",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "nemo_toolkit>=2.4.1,<2.5",
+        "megatron-core>=0.13.1,<0.14",
+        "lightning>=2.4,<2.5",
+        "hydra-core>=1.3.2,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "datasets<4",
+        "numpy<2",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "typer",
+    ],
+    extras_require={"test": ["pytest", "pytest-xdist", "ruff", "peft"]},
+)
