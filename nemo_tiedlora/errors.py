@@ -1,0 +1,29 @@
+"""One way to tell a user what is wrong with their input."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UsageError(ValueError):
+    """Bad input, said in one line: the field, its value and the way out. Scripts print it and exit with code 2."""
+
+    def __init__(self, field: str, value: object, way_out: str):
+        self.field = field
+        self.value = value
+        super().__init__(" ".join(f"{field}={value!r}: {way_out}".split()))
+
+
+def closest(value: object, choices: Iterable[object]) -> str:
+    """``did you mean 'x'? Valid: a, b, x`` — the way out of a mistyped name."""
+    names = [str(choice) for choice in choices]
+    lowered = {name.lower(): name for name in names}
+    near = get_close_matches(str(value).lower(), lowered, n=1, cutoff=0.5)
+    hint = f"did you mean {lowered[near[0]]!r}? " if near else ""
+    return f"{hint}Valid: {', '.join(names)}"
+
+
+def check_choice(field: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ``UsageError`` unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise UsageError(field, value, closest(value, choices))

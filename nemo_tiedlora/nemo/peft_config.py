@@ -1,0 +1,84 @@
+"""The schemes as NeMo PEFT configs, and their entry into NeMo."""
+
+from functools import partial, partialmethod
+
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP, PEFTConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.adapter import FactorAdapterConfig
+from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
+from nemo_tiedlora.nemo.targets import TARGETS, check_targets, shape
+from nemo_tiedlora.parallel.cut import SHARDED_AXIS, cut
+from nemo_tiedlora.variants import SCHEMES, Bank, Site, build, config_for
+
+
+class FactorPEFTConfig(PEFTConfig):
+    """A scheme's settings, read from ``cfg.peft.<scheme>_tuning``, as NeMo's ``add_adapter`` wants them.
+
+    Raises:
+        UsageError: a setting that the scheme refuses, or a layout that it does not support.
+    """
+
+    def __init__(self, scheme: str, cfg: DictConfig):
+        self.scheme = scheme
+        section = cfg.peft.get(f"{scheme}_tuning") or {}
+        self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
+        self.config = config_for(scheme, self.settings)
+        check_targets(self.config.target_modules)
+        _check_layout(cfg)
+        mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
+        adapters, self.name_key_to_mcore_mixins = {}, {}
+        for target in self.config.target_modules:
+            where = TARGETS[target]
+            adapters[self.adapter_name(target)] = FactorAdapterConfig(
+                scheme, target, where.parallel, self.config.dropout, self.settings
+            )
+            self.name_key_to_mcore_mixins[self.adapter_name(target)] = [(where.path, mixins[where.parallel])]
+        super().__init__({"layer_selection": self.config.layer_selection}, adapters)
+        self.weight_tying = True  # makes NeMo call tie_weights once all layers have their adapters
+
+    def adapter_name(self, target: str) -> str:
+        return f"{self.scheme}_{target}"
+
+    def tie_weights(self, model: NLPAdapterModelMixin) -> None:
+        """Bind every layer's adapter to one bank, and record the checksums of frozen factors in the model's config."""
+        parallel_of = {target: TARGETS[target].parallel for target in TARGETS}
+        bank = Bank(
+            build(self.config),
+            cut=lambda whole, spec, site: cut(whole, spec, SHARDED_AXIS[parallel_of[site.target]]),
+            checksums=self.config.checksums,
+        )
+        for layer in model._unwrap_layers_model_list():
+            for target in self.config.target_modules:
+                linear = layer.get_submodule(TARGETS[target].path)
+                adapters = getattr(linear, "adapter_layer", {})
+                if self.adapter_name(target) in adapters:
+                    site = Site(target, layer.layer_number - 1, *shape(target, model.cfg))
+                    adapters[self.adapter_name(target)].bind(bank, site, linear)
+        model.adapter_keys = model._get_all_keys() - model.base_keys
+        with open_dict(model.cfg):
+            OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", {"checksums": bank.checksums}, force_add=True)
+
+
+def _check_layout(cfg: DictConfig) -> None:
+    """Refuse what would train something else than one model."""
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        if cfg.get(name, 1) not in (None, 1):
+            raise UsageError(f"model.{name}", cfg.get(name), "factors tied across such ranks are not supported yet")
+    if cfg.get("sequence_parallel"):
+        raise UsageError("model.sequence_parallel", True, "not supported yet; set it to false")
+
+
+def _tie_weights(self, peft_cfg, *, stock):
+    """NeMo's ``tie_weights`` knows two PEFT configs by type; ask any other to do its own."""
+    return peft_cfg.tie_weights(self) if isinstance(peft_cfg, FactorPEFTConfig) else stock(self, peft_cfg)
+
+
+def register_schemes() -> None:
+    """Enter the schemes into ``PEFT_CONFIG_MAP`` (idempotent)."""
+    for scheme in SCHEMES:
+        PEFT_CONFIG_MAP.setdefault(scheme, partial(FactorPEFTConfig, scheme))
+    if not isinstance(NLPAdapterModelMixin.__dict__["tie_weights"], partialmethod):
+        NLPAdapterModelMixin.tie_weights = partialmethod(_tie_weights, stock=NLPAdapterModelMixin.tie_weights)

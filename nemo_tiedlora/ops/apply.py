@@ -1,0 +1,60 @@
+"""``y += s · (x Aᵀ) Bᵀ`` as one autograd node."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class _Apply(torch.autograd.Function):
+    """Adds into the base output instead of making another one, and keeps only what the wanted gradients need.
+
+    With h = x Aᵀ (tokens, rank) and g = dL/dy:
+
+        dL/dh = s g B      dL/dx = dL/dh A      dL/dA = (dL/dh)ᵀ x      dL/dB = s gᵀ h      dL/dy_base = g
+
+    so x is kept only for a trained A, and h, which is rank wide, only for a trained B.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, scale, reduce_grad):
+        h = x.reshape(-1, x.shape[-1]) @ A.T
+        ctx.scale, ctx.reduce_grad, ctx.x_shape = scale, reduce_grad, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h if ctx.needs_input_grad[3] else None, A, B)
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, h, A, B = ctx.saved_tensors
+        _, wants_x, wants_A, wants_B, _, _ = ctx.needs_input_grad
+        g = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_A = grad_B = None
+        if wants_x or wants_A:
+            grad_h = (g @ B).mul_(ctx.scale)
+            if ctx.reduce_grad is not None:
+                grad_h = ctx.reduce_grad(grad_h)
+            grad_x = (grad_h @ A).view(ctx.x_shape) if wants_x else None
+            grad_A = grad_h.T @ x.reshape(-1, x.shape[-1]) if wants_A else None
+        if wants_B:
+            grad_B = (g.T @ h).mul_(ctx.scale)
+        return grad, grad_x, grad_A, grad_B, None, None
+
+
+def apply(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, reduce_grad: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """``y + scale · (x Aᵀ) Bᵀ``, written into ``y``.
+
+    Args:
+        y: output of the frozen layer, (..., out). Its dtype is the one computed in. Overwritten if contiguous.
+        x: input of the frozen layer, (..., in).
+        A: (rank, in). B: (out, rank). scale: s of the equation; it multiplies the product, never an activation.
+        reduce_grad: takes dL/d(xAᵀ), (tokens, rank), to its sum over the ranks that each hold some rows of B.
+
+    Returns:
+        (..., out), dtype of ``y``.
+    """
+    dtype = y.dtype
+    return _Apply.apply(y.contiguous(), x.to(dtype), A.to(dtype), B.to(dtype), scale, reduce_grad)

@@ -1,0 +1,1 @@
+"""How factors are cut over tensor ranks."""

@@ -1,0 +1,78 @@
+"""Adapters on a plain ``torch.nn`` model, without NeMo or Megatron."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.ops import apply
+from nemo_tiedlora.variants.bank import Bank
+from nemo_tiedlora.variants.base import Site
+from nemo_tiedlora.variants.registry import Config, build
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen ``torch.nn.Linear`` plus its layer's factors."""
+
+    def __init__(self, base: nn.Linear, bank: Bank, site: Site, dropout: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.bank, self.site, self.dropout = bank, site, dropout
+        bank.adopt(self, site, device=base.weight.device, dtype=base.weight.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) → (..., out)."""
+        return apply(self.base(x), F.dropout(x, self.dropout, self.training), *self.bank.factors(self.site))
+
+
+def attach(model: nn.Module, config: Config, targets: Sequence[str]) -> Bank:
+    """Adapt every ``nn.Linear`` of ``model`` whose last name is in ``targets``, in place; freeze everything else.
+
+    Args:
+        model: any module. The n-th linear of one name is taken as layer n; tensors are tied within one name.
+        config: a variant's config, e.g. ``TiedConfig(rank=8)``; its ``target_modules`` are ignored.
+        targets: last parts of module names, e.g. ``["q_proj", "v_proj"]``.
+
+    Returns:
+        The bank of the adapter's tensors; ``bank.named_tensors()`` lists them.
+
+    Raises:
+        UsageError: a target that no linear has, or a rank that does not fit.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found.setdefault(name.rpartition(".")[2], []).append(name)
+    for target in targets:
+        if target not in found:
+            raise UsageError("targets", target, f"no linear layer has this name; {closest(target, found)}")
+    model.requires_grad_(False)
+    bank = Bank(build(config), checksums=config.checksums)
+    for target in targets:
+        for layer, name in enumerate(found[target]):
+            if config.layer_selection and layer + 1 not in config.layer_selection:
+                continue
+            base = model.get_submodule(name)
+            site = Site(target, layer, base.in_features, base.out_features)
+            _replace(model, name, AdaptedLinear(base, bank, site, config.dropout))
+    return bank
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Add every adapter's ``s · B A`` to its frozen weight, in place, and take the adapters off."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            A, B, scale = module.bank.factors(module.site)
+            module.base.weight += scale * (B @ A)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            _replace(model, name, module.base)
+    return model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,86 @@
+"""The tensors of one adapter, each stored once, however many layers use it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants.base import Factors, Site, TensorSpec, Variant
+from nemo_tiedlora.variants.init import checksum
+
+#: Takes a whole tensor to the part that this process holds.
+Cut = Callable[[torch.Tensor, TensorSpec, Site], torch.Tensor]
+
+
+class Bank:
+    """Creates a variant's tensors on the modules that adopt them, and hands each layer its factors.
+
+    A shared tensor lives on the first module that asks for it; the bank remembers where. Trained tensors become
+    parameters. Frozen ones become non-persistent buffers: no optimizer sees them, no checkpoint holds them, and they
+    are the same in every process because they are drawn from the seed.
+
+    Args:
+        variant: the source of factors.
+        cut: takes a whole tensor to this process's part of it; by default all of it.
+        checksums: expected SHA-256 by key, from a saved adapter; compared as each frozen tensor is drawn.
+    """
+
+    def __init__(self, variant: Variant, cut: Cut | None = None, checksums: dict[str, str] | None = None):
+        self.variant = variant
+        self.cut = cut
+        self.expected = checksums or {}
+        self.checksums: dict[str, str] = {}
+        self._homes: dict[str, tuple[nn.Module, str]] = {}
+        self._parts: dict[Site, dict[str, tuple[nn.Module, str]]] = {}
+
+    def adopt(self, module: nn.Module, site: Site, device: torch.device | None = None, dtype=torch.float32) -> None:
+        """Give ``site`` its tensors: those that no other module holds yet are created on ``module``.
+
+        Raises:
+            UsageError: the rank does not fit the layer, or a frozen tensor is not the one that was trained against.
+        """
+        self.variant.check(site)
+        parts = {}
+        for name, spec in self.variant.tensors(site).items():
+            if spec.key not in self._homes:
+                tensor = self._create(spec, site, device, dtype)
+                if spec.trained:
+                    module.register_parameter(name, nn.Parameter(tensor))
+                else:
+                    module.register_buffer(name, tensor, persistent=False)
+                self._homes[spec.key] = (module, name)
+            parts[name] = self._homes[spec.key]
+        self._parts[site] = parts
+
+    def _create(self, spec: TensorSpec, site: Site, device, dtype) -> torch.Tensor:
+        shape = spec.shape(site, self.variant.rank)
+        if device is not None and torch.device(device).type == "meta":
+            return torch.empty(shape, device="meta", dtype=dtype)
+        whole = spec.init.draw(shape, self.variant.seed, spec.key)
+        if not spec.trained:
+            self.checksums[spec.key] = checksum(whole)
+            expected = self.expected.get(spec.key)
+            if expected not in (None, self.checksums[spec.key]):
+                raise UsageError(
+                    "seed",
+                    self.variant.seed,
+                    f"the frozen {spec.key} drawn from it is not the one this adapter was trained against "
+                    f"(SHA-256 {self.checksums[spec.key][:12]} instead of {expected[:12]}); restore the adapter with "
+                    "the torch version that trained it",
+                )
+        part = self.cut(whole, spec, site) if self.cut else whole
+        return part.to(device=device, dtype=dtype).contiguous()
+
+    def tensors(self, site: Site) -> dict[str, torch.Tensor]:
+        """The layer's tensors by the name its equation calls them."""
+        # Looked up on the module each time: moving a module replaces its buffers.
+        return {name: getattr(module, attribute) for name, (module, attribute) in self._parts[site].items()}
+
+    def factors(self, site: Site) -> Factors:
+        """The layer's A (rank, in), B (out, rank) and scale."""
+        return self.variant.factors(site, self.tensors(site))
+
+    def named_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the adapter by its key, each once."""
+        return {key: getattr(module, attribute) for key, (module, attribute) in self._homes.items()}

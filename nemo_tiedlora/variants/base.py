@@ -1,0 +1,111 @@
+"""What a variant is: a source of factors.
+
+Every method in this package is one equation,
+
+    y = x Wᵀ + s · (x A_lᵀ) B_lᵀ        A_l: (rank, in)   B_l: (out, rank)
+
+and a variant only says where layer l's A_l and B_l come from: it names the tensors behind them and combines them.
+Creating, sharing, sharding, counting and saving those tensors, and applying or merging the factors, is written once
+elsewhere and works for all.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants.init import Init
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted linear layer, in whole (unsharded) sizes.
+
+    Args:
+        target: kind of target module, e.g. ``attention_qkv``; tensors are only ever tied within one kind.
+        layer: 0-based number of the transformer layer in the whole model.
+        in_features: columns of the frozen weight W (out, in).
+        out_features: rows of W.
+    """
+
+    target: str
+    layer: int
+    in_features: int
+    out_features: int
+
+
+class Factors(NamedTuple):
+    """What a layer adds to its frozen weight: ``scale · B A`` with A (rank, in) and B (out, rank)."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor behind a layer's factors.
+
+    Args:
+        key: its name in the whole model; layers that give the same key share the tensor.
+        axes: what each dimension runs over: ``rank``, ``in`` or ``out``. Sizes and sharding follow from it.
+        init: how it starts.
+        trained: whether it gets gradients; a frozen random tensor is never saved but drawn again.
+    """
+
+    key: str
+    axes: tuple[str, ...]
+    init: Init
+    trained: bool
+
+    def shape(self, site: Site, rank: int) -> tuple[int, ...]:
+        sizes = {"rank": rank, "in": site.in_features, "out": site.out_features}
+        return tuple(sizes[axis] for axis in self.axes)
+
+
+class Variant(ABC):
+    """A source of factors. Subclasses state their equation in ``factors`` and what it needs in ``tensors``."""
+
+    rank: int
+    scale: float
+    seed: int
+
+    @abstractmethod
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        """The tensors behind this layer's factors, by the name the equation calls them."""
+
+    @abstractmethod
+    def factors(self, site: Site, tensors: Mapping[str, Tensor]) -> Factors:
+        """The equation: this layer's factors from its tensors. Differentiable."""
+
+    def check(self, site: Site) -> None:
+        """Raise ``UsageError`` if the variant cannot adapt this layer."""
+        smallest = min(site.in_features, site.out_features)
+        if self.rank > smallest:
+            shape = f"{site.target} of shape ({site.out_features}, {site.in_features})"
+            raise UsageError("rank", self.rank, f"larger than the layer: {shape} allows 1 to {smallest}")
+
+
+class Count(NamedTuple):
+    """Numbers of parameters: trained, and frozen random ones that are drawn again instead of being saved."""
+
+    trainable: int
+    frozen: int
+
+
+def count(variant: Variant, sites: Iterable[Site]) -> Count:
+    """Count a variant's parameters from shapes alone, each shared tensor once."""
+    sizes: dict[str, tuple[bool, int]] = {}
+    for site in sites:
+        for spec in variant.tensors(site).values():
+            size = 1
+            for extent in spec.shape(site, variant.rank):
+                size *= extent
+            sizes[spec.key] = (spec.trained, size)
+    return Count(
+        trainable=sum(size for trained, size in sizes.values() if trained),
+        frozen=sum(size for trained, size in sizes.values() if not trained),
+    )
