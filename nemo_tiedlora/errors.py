@@ -8,9 +8,12 @@ class UsageError(ValueError):
     """Bad input, said in one line: the field, its value and the way out. Scripts print it and exit with code 2."""
 
     def __init__(self, field: str, value: object, way_out: str):
-        self.field = field
-        self.value = value
         super().__init__(" ".join(f"{field}={value!r}: {way_out}".split()))
+        self.field, self.value, self.way_out = field, value, way_out
+
+    def under(self, section: str) -> "UsageError":
+        """The same error with the field's full name: ``rank`` becomes ``model.peft.tied_lora_tuning.rank``."""
+        return UsageError(f"{section}.{self.field}", self.value, self.way_out)
 
 
 def closest(value: object, choices: Iterable[object]) -> str:

@@ -30,7 +30,7 @@ def config_for(scheme: str, settings: dict[str, Any]) -> Config:
     known = {item.name for item in fields(config_class)}
     for name in settings:
         if name not in known:
-            raise UsageError(f"{scheme}_tuning", name, f"unknown setting; {closest(name, sorted(known))}")
+            raise UsageError(name, settings[name], f"unknown setting; {closest(name, sorted(known))}")
     return config_class(**(defaults | settings))
 
 

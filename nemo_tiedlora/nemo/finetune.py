@@ -1,0 +1,216 @@
+"""The main job: fine-tune a NeMo GPT with any scheme, and say what came of it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nemo_tiedlora import platform
+from nemo_tiedlora.embedded import base as embedded_base
+from nemo_tiedlora.embedded import tasks as embedded_tasks
+from nemo_tiedlora.files import write_text
+from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, scheme_of
+from nemo_tiedlora.nemo.quiet import quiet
+from nemo_tiedlora.nemo.targets import shape
+from nemo_tiedlora.variants import SCHEMES, Site, TiedConfig, build, config_for, count
+
+SPLITS = ("train_ds", "validation_ds", "test_ds")
+SAMPLES = 3
+
+
+def finetune(cfg: DictConfig) -> Path:
+    """Run the job that ``conf/megatron_gpt_finetuning_config.yaml`` describes.
+
+    Args:
+        cfg: the composed Hydra config; resolved and completed in place.
+
+    Returns:
+        Path of the run's ``summary.json``.
+
+    Raises:
+        UsageError: bad input, before anything expensive happens.
+        SystemExit: a signal ended training (128 + signal); the same call continues it.
+    """
+    OmegaConf.resolve(cfg)
+    as_asked = OmegaConf.to_yaml(cfg)
+    folder = choose_folder(cfg, as_asked)
+    check_output(folder, "exp_manager.exp_dir")
+    builtin = cfg.model.data.train_ds.file_names is None
+    if builtin:
+        _use_builtin_task(cfg, folder)
+    _complete(cfg, folder)
+    path = cfg.model.restore_from_path
+    base = nemo_config(path, "model.restore_from_path") if path else embedded_base.model_config()
+    check(cfg, base)
+    with open_dict(cfg):
+        cfg.model.restore_from_path = str(path or embedded_base.base())
+    with quiet(not cfg.verbose) as results, platform.host():
+        return _run(cfg, base, as_asked, results)
+
+
+def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
+    """The run's folder: what ``exp_manager`` is told to use, else the latest unfinished run of this very config, else
+    a new one. In the last two cases ``exp_manager.explicit_log_dir`` is set to it."""
+    manager = cfg.exp_manager
+    if manager.explicit_log_dir:
+        return Path(manager.explicit_log_dir)
+    if manager.exp_dir:
+        return Path(manager.exp_dir) / manager.name
+    root = Path("nemo_experiments") / manager.name
+    runs = sorted(root.glob("run-*"))
+    folder = root / f"run-{len(runs) + 1:03d}"
+    if runs and manager.resume_if_exists and not (runs[-1] / "summary.json").exists():
+        config = runs[-1] / "config.yaml"
+        if not config.exists() or config.read_text() == as_asked:
+            folder = runs[-1]
+    manager.explicit_log_dir = str(folder)
+    return folder
+
+
+def _use_builtin_task(cfg: DictConfig, folder: Path) -> None:
+    """Write the built-in task's rows into the run's folder and point the data sections at them."""
+    files = embedded_tasks.write(folder / "data")
+    with open_dict(cfg.model.data):
+        for section, path in zip(SPLITS, files, strict=True):
+            cfg.model.data[section].file_names = [str(path)]
+
+
+def _complete(cfg: DictConfig, folder: Path) -> None:
+    """Fill in what a user should not have to say."""
+    data = cfg.model.data
+    names = data.train_ds.file_names
+    with open_dict(cfg):
+        if data.train_ds.get("concat_sampling_probabilities") is None:
+            data.train_ds.concat_sampling_probabilities = [1 / len(names)] * len(names)
+        for section in SPLITS:
+            if data.get(section) and not data[section].get("index_mapping_dir"):
+                # NeMo would put its line index beside the data, which may be read-only.
+                data[section].index_mapping_dir = str(folder / "index")
+
+
+def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> Path:
+    from nemo_tiedlora.nemo.facts import Facts
+    from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
+    from nemo_tiedlora.nemo.model import build_model, build_trainer
+    from nemo_tiedlora.nemo.progress import ProgressBar
+
+    metric = cfg.model.data.validation_ds.metric.name
+    facts = Facts()
+    trainer, folder = build_trainer(cfg, [facts, ProgressBar(f"validation_{metric}"), Interruptible()])
+    say = _Say(results, trainer.is_global_zero)
+    if trainer.is_global_zero:
+        write_text(folder / "config.yaml", as_asked)
+    model = build_model(cfg, cfg.model.restore_from_path, trainer)
+    scheme = scheme_of(cfg)
+    if trainer.ckpt_path:
+        say(f"resuming from {trainer.ckpt_path}")
+    else:
+        facts.before = evaluate(trainer, model)
+        say(f"{metric} before: {_score(metric, facts.before)}")
+    try:
+        trainer.fit(model)
+    except Interrupted as stopped:
+        say(f"{stopped}; saved in {folder / 'checkpoints'}. The same command continues from there.")
+        sys.exit(128 + stopped.signum)
+    after = evaluate(trainer, model)
+    samples = generate_samples(model)
+    trainable = facts.trainable
+    percent = 100 * trainable / _lora_size(cfg, scheme, base)
+    summary = {
+        "scheme": scheme,
+        "metric": metric,
+        "metric_before": facts.before,
+        "metric_after": after,
+        "trainable": trainable,
+        "percent_of_lora": round(percent, 2),
+        "adapter": trainer.checkpoint_callback and trainer.checkpoint_callback._format_nemo_checkpoint_name(),
+        "seconds": round(facts.seconds, 2),
+        "tokens_per_second": round(facts.tokens / max(facts.seconds, 1e-9)),
+        "steps": facts.steps,
+        "base": cfg.model.restore_from_path,
+        "samples": samples,
+    }
+    path = folder / "summary.json"
+    if trainer.is_global_zero:
+        write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    say.samples(samples)
+    say(
+        f"{scheme}: {metric} {_score(metric, facts.before)} before, {_score(metric, after)} after {facts.steps} steps\n"
+        f"trainable parameters: {trainable:,} ({percent:.1f} % of LoRA)\n"
+        f"speed: {summary['tokens_per_second']:,} tokens/s, {facts.seconds:.1f} s of training\n"
+        f"adapter: {summary['adapter']}\n"
+        f"{path}"
+    )
+    return path
+
+
+def evaluate(trainer, model) -> float:
+    """The metric on the test rows if there are any, else on the validation rows."""
+    data = model.cfg.data
+    name = data.validation_ds.metric.name
+    if data.get("test_ds") and data.test_ds.get("file_names"):
+        return trainer.test(model, verbose=False)[0][f"test_{name}"]
+    return trainer.validate(model, verbose=False)[0][f"validation_{name}"]
+
+
+def generate_samples(model) -> list[dict[str, str]]:
+    """Greedy completions of the first validation rows, beside what was expected."""
+    dataset = model._validation_ds[0]
+    rows = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
+    batch = dataset.collate_fn(rows)
+    length = model.cfg.data.validation_ds.tokens_to_generate
+    model.set_inference_config(
+        {"greedy": True, "add_BOS": model.cfg.data.validation_ds.add_bos, "tokens_to_generate": length}
+    )
+    output = model.predict_step(batch, 0)
+    decode = model.tokenizer.ids_to_text
+    return [
+        {"input": decode(context), "expected": decode(answer), "generated": decode(ids[start:][:length])}
+        for context, answer, ids, start in zip(
+            [row["context_ids"] for row in rows],
+            [row["answer_ids"] for row in rows],
+            output["token_ids"],
+            batch["context_lengths"].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _lora_size(cfg: DictConfig, scheme: str, base: DictConfig) -> int:
+    """Trainable parameters of plain LoRA with the same rank, targets and layers."""
+    if scheme in SCHEMES:
+        config = config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
+        lora = replace(config, preset="LoRA", train=None, tie=None)
+    else:
+        lora = TiedConfig(preset="LoRA", rank=cfg.model.peft.lora_tuning.adapter_dim)
+    layers = lora.layer_selection or range(1, base.num_layers + 1)
+    sites = [Site(target, layer, *shape(target, base)) for target in lora.target_modules for layer in layers]
+    return count(build(lora), sites).trainable
+
+
+def _score(metric: str, value: float) -> str:
+    return f"{value:.4f}" if metric == "loss" else f"{100 * value:.1f} %"
+
+
+class _Say:
+    """Prints results on rank 0."""
+
+    def __init__(self, stream: TextIO, enabled: bool):
+        self.console = Console(file=stream, quiet=not enabled, highlight=False, soft_wrap=True)
+
+    def __call__(self, line: str) -> None:
+        self.console.print(Text(line))
+
+    def samples(self, samples: list[dict[str, str]]) -> None:
+        table = Table(show_lines=True)
+        for name in ("input", "expected", "generated"):
+            table.add_column(name)
+        for sample in samples:
+            table.add_row(*(Text(sample[name][-400:]) for name in ("input", "expected", "generated")))
+        self.console.print(table, soft_wrap=False)

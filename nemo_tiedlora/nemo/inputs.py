@@ -1,0 +1,168 @@
+"""Checks of everything a user gives a job, in the seconds before NeMo is imported."""
+
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.nemo.targets import check_targets, shape
+from nemo_tiedlora.variants import SCHEMES, Site, build, config_for
+
+#: NeMo's own schemes that the job runs as they are; the key of their settings under model.peft.
+STOCK_SCHEMES = {
+    "lora": "lora_tuning",
+    "adapter": "adapter_tuning",
+    "ia3": "ia3_tuning",
+    "ptuning": "p_tuning",
+    "selective": "selective_tuning",
+    "none": None,
+}
+
+#: What has to match between an adapter's base and the one it is put on.
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+)
+
+#: A run writes checkpoints, logs and the adapter; less free disk than this is not worth starting with.
+MINIMUM_FREE_BYTES = 64 * 2**20
+
+
+def check(cfg: DictConfig, base: DictConfig) -> None:
+    """Check a fine-tuning job's resolved config against the model config of its base.
+
+    Raises:
+        UsageError: for the first thing that is wrong.
+    """
+    scheme = scheme_of(cfg)
+    check_choice("model.peft.peft_scheme", scheme, (*SCHEMES, *STOCK_SCHEMES))
+    if not base.get("mcore_gpt"):
+        raise UsageError("model.restore_from_path", cfg.model.restore_from_path, "not a Megatron-core GPT (mcore_gpt)")
+    if scheme in SCHEMES:
+        check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
+    if cfg.model.peft.restore_from_path:
+        check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
+    for split in ("train_ds", "validation_ds", "test_ds"):
+        section = cfg.model.data.get(split)
+        if section is None or (split == "test_ds" and not section.get("file_names")):
+            continue
+        check_data(section, f"model.data.{split}")
+
+
+def scheme_of(cfg: DictConfig) -> str:
+    """The scheme's name; NeMo also writes full fine-tuning as null."""
+    return str(cfg.model.peft.peft_scheme or "none")
+
+
+def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> None:
+    """Check one of our schemes' settings against the base's layers."""
+    try:
+        config = config_for(scheme, OmegaConf.to_container(section) if section else {})
+        check_targets(config.target_modules)
+        variant = build(config)
+        for layer in config.layer_selection or ():
+            if not 1 <= layer <= base.num_layers:
+                raise UsageError("layer_selection", layer, f"the base has layers 1 to {base.num_layers}")
+        for target in config.target_modules:
+            variant.check(Site(target, 0, *shape(target, base)))
+    except UsageError as error:
+        raise error.under(f"model.peft.{scheme}_tuning") from None
+
+
+def nemo_config(path: str | Path, field: str) -> DictConfig:
+    """``model_config.yaml`` of a ``.nemo`` file, without unpacking the rest."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(field, str(path), "no such file" if not path.exists() else "not a .nemo file")
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if os.path.basename(member.name) == "model_config.yaml" and member.isfile():
+                    return OmegaConf.create(archive.extractfile(member).read().decode())
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
+        raise UsageError(field, str(path), f"not a readable .nemo file ({error})") from None
+    raise UsageError(field, str(path), "not a .nemo file: there is no model_config.yaml in it")
+
+
+def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | None = None) -> DictConfig:
+    """The config saved with an adapter, once it is known to fit ``base`` (and ``scheme``, if given)."""
+    saved = nemo_config(path, field)
+    trained = (saved.get("peft") or {}).get("peft_scheme")
+    if not trained or trained == "none":
+        raise UsageError(field, str(path), "a whole model, not an adapter")
+    if scheme not in (None, trained):
+        raise UsageError(field, str(path), f"an adapter of scheme {trained}; set model.peft.peft_scheme={trained}")
+    for name in SHAPE_FIELDS:
+        if saved.get(name) != base.get(name):
+            raise UsageError(
+                field, str(path), f"made for another base: {name} was {saved.get(name)}, here it is {base.get(name)}"
+            )
+    return saved
+
+
+def check_data(section: DictConfig, field: str) -> None:
+    """Check every row of a dataset's files against its prompt template."""
+    names = section.get("file_names")
+    if not names:
+        raise UsageError(f"{field}.file_names", names, "name at least one JSONL file, e.g. [train.jsonl]")
+    if not isinstance(names, ListConfig):
+        raise UsageError(f"{field}.file_names", names, f"write a list: [{names}]")
+    template, label = section.prompt_template, section.label_key
+    placeholders = re.findall(r"{(.*?)}", template)
+    if not template.endswith(f"{{{label}}}"):
+        raise UsageError(f"{field}.prompt_template", template, f"must end with the label_key, {{{label}}}")
+    for name in filter(None, (section.get("truncation_field") or "").split(",")):
+        if name not in placeholders:
+            raise UsageError(f"{field}.truncation_field", name, f"not in the prompt template; {closest(name, placeholders)}")
+    for name in names:
+        _check_rows(Path(name), f"{field}.file_names", placeholders)
+
+
+def _check_rows(path: Path, field: str, placeholders: list[str]) -> None:
+    if not path.is_file():
+        raise UsageError(field, str(path), "no such file")
+    rows = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                raise UsageError(field, str(path), f"line {number} is empty; every line must be a JSON object")
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UsageError(field, str(path), f"line {number} is not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UsageError(field, str(path), f"line {number} is not a JSON object")
+            for name in placeholders:
+                if name not in row:
+                    raise UsageError(
+                        field, str(path), f"line {number} has no field {name!r} of the prompt template; "
+                        + closest(name, row),
+                    )  # fmt: skip
+            rows += 1
+    if not rows:
+        raise UsageError(field, str(path), "the file is empty")
+
+
+def check_output(folder: Path, field: str) -> None:
+    """Make ``folder`` and prove that it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(field, str(folder), f"cannot be written to ({error.strerror})") from None
+    free = shutil.disk_usage(folder).free
+    if free < MINIMUM_FREE_BYTES:
+        raise UsageError(
+            field, str(folder), f"no disk space: {free / 2**20:.0f} MiB free, {MINIMUM_FREE_BYTES / 2**20:.0f} needed"
+        )

@@ -1,0 +1,84 @@
+"""Ctrl-C and SIGTERM end a run with a checkpoint that continues to the same result."""
+
+import random
+import signal
+
+import numpy
+import torch
+from lightning.pytorch import Callback
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and has saved where it was."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum, self.step = signum, step
+
+
+class Interruptible(Callback):
+    """Saves the last checkpoint and raises ``Interrupted`` before the step after a signal.
+
+    The first signal only asks; a second one has its usual effect. Until training starts a signal has its usual effect
+    too: there is nothing to save yet. All ranks stop at the same step. Random number generators go into checkpoints,
+    so that dropout continues as it would have.
+    """
+
+    def __init__(self):
+        self._signum = 0
+        self._previous = {}
+
+    def on_train_start(self, trainer, model):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._ask)
+
+    def _ask(self, signum, frame):
+        self._signum = signum
+        self._put_back()
+
+    def _put_back(self):
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def on_train_end(self, trainer, model):
+        self._put_back()
+
+    def on_exception(self, trainer, model, exception):
+        self._put_back()
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        signum = self._signum
+        if trainer.world_size > 1:
+            flag = torch.tensor([signum], device=model.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            signum = int(flag)
+        if signum:
+            saver = trainer.checkpoint_callback
+            if saver is not None and trainer.global_step:
+                saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
+            raise Interrupted(signum, trainer.global_step)
+
+    def on_save_checkpoint(self, trainer, model, checkpoint):
+        checkpoint["random_states"] = {
+            "python": random.getstate(),
+            "numpy": numpy.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "megatron": _megatron_states(),
+        }
+
+    def on_load_checkpoint(self, trainer, model, checkpoint):
+        states = checkpoint.get("random_states")
+        if states:
+            random.setstate(states["python"])
+            numpy.random.set_state(states["numpy"])
+            torch.set_rng_state(states["torch"])
+            from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+            get_cuda_rng_tracker().set_states(states["megatron"])
+
+
+def _megatron_states():
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker().get_states()

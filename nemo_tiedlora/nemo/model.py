@@ -1,0 +1,40 @@
+"""Building the host: a trainer, and a base model from a ``.nemo`` with or without an adapter."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+from megatron.core import tensor_parallel
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, open_dict
+
+from nemo_tiedlora import register
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, Path | None]:
+    """NeMo's trainer for a fine-tuning config, and the folder that its experiment manager logs to."""
+    with open_dict(cfg):
+        # Ours shows more; Lightning refuses the flag together with a bar of its own class only.
+        cfg.trainer.enable_progress_bar = False
+        cfg.trainer.enable_model_summary = False
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks)
+    folder = exp_manager(trainer, cfg.exp_manager) if cfg.get("exp_manager") else None
+    return trainer, folder
+
+
+def build_model(cfg: DictConfig, base_path: Path, trainer: Trainer) -> MegatronGPTSFTModel:
+    """The base with a new adapter, with the saved one of ``model.peft.restore_from_path``, or (scheme none) as it is."""
+    register()
+    merged = MegatronGPTSFTModel.merge_cfg_with(str(base_path), cfg)
+    with open_dict(merged):
+        merged.use_cpu_initialization = trainer.strategy.root_device.type == "cpu"
+    model = MegatronGPTSFTModel.restore_from(str(base_path), merged, trainer=trainer)
+    tensor_parallel.model_parallel_cuda_manual_seed(cfg.model.seed)
+    make_peft = [PEFT_CONFIG_MAP[name] for name in str(cfg.model.peft.peft_scheme).split(",")]
+    if cfg.model.peft.restore_from_path:
+        model.load_adapters(cfg.model.peft.restore_from_path, [make(merged) for make in make_peft])
+    elif None not in make_peft:
+        model.add_adapter([make(merged) for make in make_peft])
+    return model

@@ -1,0 +1,64 @@
+"""What every Hydra script here shares: our resolvers, and errors as one line with exit code 2."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_tiedlora.errors import UsageError
+
+
+def register_resolvers() -> None:
+    """``${demo:x,y}``: x for the built-in task, y for own data. ``${best:metric}``: whether less or more is better."""
+
+    def demo(builtin, own, *, _root_):
+        return builtin if _root_.model.data.train_ds.file_names is None else own
+
+    OmegaConf.register_new_resolver("demo", demo, replace=True)
+    OmegaConf.register_new_resolver(
+        "best", lambda metric: "min" if metric in ("loss", "wer") else "max", replace=True
+    )
+
+
+def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make a function of the composed config into a script's ``main``.
+
+    A mistake in the input ends in one line on standard error and exit code 2, an interrupted run in exit code
+    128 + signal as shells expect; anything else is a defect and keeps its traceback.
+    """
+
+    def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def main() -> None:
+            register_resolvers()
+            # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            composed: list[DictConfig] = []
+            take = hydra.main(version_base="1.3", config_path=str(config_path.resolve()), config_name=config_name)
+            try:
+                # The job runs outside Hydra, which would print its own report before any error of the job.
+                take(composed.append)()
+                for cfg in composed:
+                    job(cfg)
+            except UsageError as error:
+                _exit(str(error))
+            except (HydraException, OmegaConfBaseException) as error:
+                _exit(" ".join(str(error).split()))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                _exit(f"no disk space left while writing {error.filename or 'the output folder'}")
+
+        return main
+
+    return decorate
+
+
+def _exit(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(2)
