@@ -20,7 +20,8 @@ from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.targets import shape
 from nemo_tiedlora.variants import SCHEMES, Site, TiedConfig, build, config_for, count
 
-SPLITS = ("train_ds", "validation_ds", "test_ds")
+#: The data sections of the config.
+SECTIONS = ("train_ds", "validation_ds", "test_ds")
 SAMPLES = 3
 
 
@@ -46,7 +47,7 @@ def finetune(cfg: DictConfig) -> Path:
         _use_builtin_task(cfg, folder)
     _complete(cfg, folder)
     path = cfg.model.restore_from_path
-    base = nemo_config(path, "model.restore_from_path") if path else embedded_base.model_config()
+    base = nemo_config(path, "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     check(cfg, base)
     with open_dict(cfg):
         cfg.model.restore_from_path = str(path or embedded_base.base())
@@ -77,8 +78,8 @@ def _use_builtin_task(cfg: DictConfig, folder: Path) -> None:
     """Write the built-in task's rows into the run's folder and point the data sections at them."""
     files = embedded_tasks.write(folder / "data")
     with open_dict(cfg.model.data):
-        for section, path in zip(SPLITS, files, strict=True):
-            cfg.model.data[section].file_names = [str(path)]
+        for split, path in files.items():
+            cfg.model.data[f"{split}_ds"].file_names = [str(path)]
 
 
 def _complete(cfg: DictConfig, folder: Path) -> None:
@@ -86,9 +87,11 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
     data = cfg.model.data
     names = data.train_ds.file_names
     with open_dict(cfg):
+        if isinstance(cfg.trainer.val_check_interval, float):
+            cfg.trainer.val_check_interval = max(1, round(cfg.trainer.val_check_interval * cfg.trainer.max_steps))
         if data.train_ds.get("concat_sampling_probabilities") is None:
             data.train_ds.concat_sampling_probabilities = [1 / len(names)] * len(names)
-        for section in SPLITS:
+        for section in SECTIONS:
             if data.get(section) and not data[section].get("index_mapping_dir"):
                 # NeMo would put its line index beside the data, which may be read-only.
                 data[section].index_mapping_dir = str(folder / "index")

@@ -123,7 +123,9 @@ def check_data(section: DictConfig, field: str) -> None:
         raise UsageError(f"{field}.prompt_template", template, f"must end with the label_key, {{{label}}}")
     for name in filter(None, (section.get("truncation_field") or "").split(",")):
         if name not in placeholders:
-            raise UsageError(f"{field}.truncation_field", name, f"not in the prompt template; {closest(name, placeholders)}")
+            raise UsageError(
+                f"{field}.truncation_field", name, f"not in the prompt template; {closest(name, placeholders)}"
+            )
     for name in names:
         _check_rows(Path(name), f"{field}.file_names", placeholders)
 

@@ -17,7 +17,9 @@ class Interrupted(Exception):
 
 
 class Interruptible(Callback):
-    """Saves the last checkpoint and raises ``Interrupted`` before the step after a signal.
+    """Saves the last checkpoint and raises ``Interrupted`` at the end of the step in which a signal came.
+
+    A validation that was due after that step is made up for first thing when the run continues.
 
     The first signal only asks; a second one has its usual effect. Until training starts a signal has its usual effect
     too: there is nothing to save yet. All ranks stop at the same step. Random number generators go into checkpoints,
@@ -47,7 +49,7 @@ class Interruptible(Callback):
     def on_exception(self, trainer, model, exception):
         self._put_back()
 
-    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
         signum = self._signum
         if trainer.world_size > 1:
             flag = torch.tensor([signum], device=model.device)
@@ -55,7 +57,7 @@ class Interruptible(Callback):
             signum = int(flag)
         if signum:
             saver = trainer.checkpoint_callback
-            if saver is not None and trainer.global_step:
+            if saver is not None:
                 saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             raise Interrupted(signum, trainer.global_step)
 
@@ -68,6 +70,11 @@ class Interruptible(Callback):
         }
 
     def on_load_checkpoint(self, trainer, model, checkpoint):
+        # NeMo's loader of a resumed run holds the remaining batches only, but Lightning would count the done ones
+        # against it, end the epoch early and then repeat the data.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["current"] = dict.fromkeys(progress["current"], 0)
+        progress["is_last_batch"] = False
         states = checkpoint.get("random_states")
         if states:
             random.setstate(states["python"])

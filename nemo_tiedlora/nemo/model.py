@@ -21,6 +21,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
         cfg.trainer.enable_model_summary = False
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks)
     folder = exp_manager(trainer, cfg.exp_manager) if cfg.get("exp_manager") else None
+    # Validate by steps of the whole run, not of an epoch, so that a resumed run keeps the rhythm. exp_manager compares
+    # the epoch setting with a number, so it cannot be null from the start.
+    trainer.check_val_every_n_epoch = None
     return trainer, folder
 
 

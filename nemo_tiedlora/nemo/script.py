@@ -21,9 +21,7 @@ def register_resolvers() -> None:
         return builtin if _root_.model.data.train_ds.file_names is None else own
 
     OmegaConf.register_new_resolver("demo", demo, replace=True)
-    OmegaConf.register_new_resolver(
-        "best", lambda metric: "min" if metric in ("loss", "wer") else "max", replace=True
-    )
+    OmegaConf.register_new_resolver("best", lambda metric: "min" if metric in ("loss", "wer") else "max", replace=True)
 
 
 def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:

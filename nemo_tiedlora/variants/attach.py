@@ -63,13 +63,12 @@ def attach(model: nn.Module, config: Config, targets: Sequence[str]) -> Bank:
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """Add every adapter's ``s · B A`` to its frozen weight, in place, and take the adapters off."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
-            A, B, scale = module.bank.factors(module.site)
-            module.base.weight += scale * (B @ A)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, AdaptedLinear):
-            _replace(model, name, module.base)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    for module in adapted.values():  # all before the first is taken off: shared tensors live on one of them
+        A, B, scale = module.bank.factors(module.site)
+        module.base.weight += scale * (B @ A)
+    for name, module in adapted.items():
+        _replace(model, name, module.base)
     return model
 
 

@@ -1,0 +1,64 @@
+"""Continue prompts with a base model and a saved adapter.
+
+python examples/megatron_gpt_generate.py --adapter ADAPTER.nemo "What is 2 plus 3?"
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_tiedlora.errors import UsageError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none reads --file or standard input.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base model (.nemo); by default the built-in one.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter (.nemo) to put on the base.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
+    tokens: Annotated[int, typer.Option(help="New tokens per prompt, at most.", min=1)] = 32,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.", min=0.0, max=1.0)] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.", min=1)] = 16,
+    precision: Annotated[str, typer.Option(help="32, bf16 or 16.")] = "32",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line: prompt and completion.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show NeMo's own log.")] = False,
+) -> None:
+    """Continue each prompt as it stands; write the adapter's prompt template out."""
+    try:
+        texts = prompts or _lines(file)
+        run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose):
+    from nemo_tiedlora.embedded import base as embedded_base
+    from nemo_tiedlora.nemo.generate import generator
+
+    with generator(base or embedded_base.base(), adapter, precision, verbose) as loaded:
+        completions = loaded.generate(texts, tokens, temperature, top_p, batch_size)
+        for text, completion in zip(texts, completions, strict=True):
+            line = {"prompt": text, "completion": completion}
+            print(json.dumps(line, ensure_ascii=False) if as_json else text + completion, flush=True)
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is not None and not file.is_file():
+        raise UsageError("file", str(file), "no such file")
+    if file is None and sys.stdin.isatty():
+        raise UsageError("prompts", None, "give prompts as arguments, with --file, or on standard input")
+    lines = [line for line in (file.read_text() if file else sys.stdin.read()).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError("file" if file else "prompts", str(file or "standard input"), "there is no prompt in it")
+    return lines
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,109 @@
+"""Text from a base and an adapter."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from omegaconf import OmegaConf, open_dict
+
+from nemo_tiedlora import platform
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.inputs import check_adapter, nemo_config
+from nemo_tiedlora.nemo.quiet import quiet
+
+
+class Generator:
+    """A loaded base, with an adapter or without; ``generate`` completes prompts with it."""
+
+    def __init__(self, model, verbose: bool = False):
+        self.model, self.verbose = model, verbose
+
+    def generate(
+        self, prompts: Sequence[str], tokens: int, temperature: float = 0.0, top_p: float = 1.0, batch_size: int = 16
+    ) -> Iterator[str]:
+        """Yield one completion per prompt, in order, without the prompt.
+
+        Args:
+            prompts: texts to continue, exactly as they are: write the adapter's prompt template out.
+            tokens: at most this many new tokens each; a completion ends earlier at the end-of-text token.
+            temperature: 0 is greedy; else the softmax temperature to sample with.
+            top_p: sample from the smallest set of tokens that has this probability.
+            batch_size: prompts per forward pass; it does not change the text.
+        """
+        length = {"max_length": tokens, "min_length": 0}
+        sampling = {
+            "use_greedy": temperature == 0,
+            "temperature": temperature or 1.0,
+            "top_k": 0,
+            "top_p": top_p,
+            "repetition_penalty": 1.0,
+            "add_BOS": False,
+            "all_probs": False,
+            "compute_logprob": False,
+            "end_strings": ["<|endoftext|>"],
+        }
+        tokenizer = self.model.tokenizer
+        for start in range(0, len(prompts), batch_size):
+            batch = list(prompts[start : start + batch_size])
+            with quiet(not self.verbose):
+                output = self.model.generate(batch, length, sampling)
+            for prompt, ids in zip(batch, output["token_ids"], strict=True):
+                new = ids[len(tokenizer.text_to_ids(prompt)) :][:tokens]
+                if tokenizer.eos_id in new:
+                    new = new[: new.index(tokenizer.eos_id)]
+                yield tokenizer.ids_to_text(new)
+
+
+@contextmanager
+def generator(base: Path, adapter: Path | None = None, precision: str | int = 32, verbose: bool = False):
+    """Load a base ``.nemo`` and, on top of it, a saved adapter; inside the block the result can be used.
+
+    Raises:
+        UsageError: a file that is no ``.nemo``, or an adapter made for another base.
+    """
+    shape = nemo_config(base, "base")
+    if not shape.get("mcore_gpt"):
+        raise UsageError("base", str(base), "not a Megatron-core GPT (mcore_gpt is not set)")
+    peft = OmegaConf.create({"peft_scheme": "none"})
+    if adapter:
+        peft = check_adapter(adapter, shape, "adapter").peft
+    with open_dict(peft):
+        peft.restore_from_path = str(adapter) if adapter else None
+    cfg = OmegaConf.create(
+        {
+            "trainer": {
+                "devices": 1,
+                "accelerator": "auto",
+                "num_nodes": 1,
+                "precision": precision,
+                "logger": False,
+                "enable_checkpointing": False,
+                "use_distributed_sampler": False,
+            },
+            "exp_manager": None,
+            "model": {
+                "seed": 1234,
+                "tensor_model_parallel_size": 1,
+                "pipeline_model_parallel_size": 1,
+                "micro_batch_size": 1,
+                "global_batch_size": 1,
+                "megatron_amp_O2": False,
+                "sequence_parallel": False,
+                "activations_checkpoint_granularity": None,
+                "activations_checkpoint_method": None,
+                "gradient_as_bucket_view": False,
+                "optim": {"name": "fused_adam", "lr": 0.0},
+                "data": {},
+                "peft": peft,
+            },
+        }
+    )
+    with ExitStack() as stack:
+        with quiet(not verbose):
+            stack.enter_context(platform.host())
+            from nemo_tiedlora.nemo.model import build_model, build_trainer
+
+            trainer, _ = build_trainer(cfg, [])
+            model = build_model(cfg, base, trainer)
+            model.freeze()
+        yield Generator(model, verbose)

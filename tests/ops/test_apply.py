@@ -1,0 +1,77 @@
+"""The fused apply against plain autograd, and what it keeps for backward."""
+
+import pytest
+import torch
+
+from nemo_tiedlora.ops import apply
+
+SHAPES = {"rows": (5,), "sequence and batch": (5, 3), "one token": (1, 1)}
+
+
+def tensors(leading, dtype=torch.float64, rank=2, features=(7, 11)):
+    torch.manual_seed(0)
+    fan_in, fan_out = features
+    x = torch.randn(*leading, fan_in, dtype=dtype)
+    W, A, B = (torch.randn(*shape, dtype=dtype) for shape in ((fan_out, fan_in), (rank, fan_in), (fan_out, rank)))
+    return x, W, A, B
+
+
+@pytest.mark.parametrize("leading", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("wanted", ["xAB", "AB", "xB", "xA", "A", "B", "x"])
+def test_output_and_gradients_equal_plain_autograd(leading, wanted):
+    x, W, A, B = tensors(leading)
+    results = []
+    for add in (lambda y, x, A, B: apply(y, x, A, B, 0.75), lambda y, x, A, B: y + 0.75 * (x @ A.T) @ B.T):
+        leaves = {"x": x.clone(), "A": A.clone(), "B": B.clone()}
+        for name in wanted:
+            leaves[name].requires_grad_()
+        y = add(leaves["x"] @ W.T, leaves["x"], leaves["A"], leaves["B"])
+        y.square().sum().backward()
+        results.append((y, *(leaves[name].grad for name in wanted)))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    x, W, A, B = (tensor.requires_grad_() for tensor in tensors((3, 2)))
+    assert torch.autograd.gradcheck(lambda x, W, A, B: apply(x @ W.T, x, A, B, 0.5), (x, W, A, B))
+
+
+def saved_sizes(x, W, A, B):
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        apply(torch.nn.functional.linear(x, W), x, A, B, 1.0)
+    return sizes
+
+
+def test_keeps_nothing_as_large_as_the_output_and_no_input_for_a_frozen_a():
+    tokens, fan_in, fan_out, rank = 64, 16, 48, 4
+    x, W, A, B = tensors((tokens,), rank=rank, features=(fan_in, fan_out))
+    x.requires_grad_()
+    B.requires_grad_()
+    frozen = saved_sizes(x, W, A, B)
+    assert tokens * fan_in not in frozen and tokens * fan_out not in frozen
+    assert tokens * rank in frozen
+    trained = saved_sizes(x, W, A.clone().requires_grad_(), B)
+    assert tokens * fan_in in trained and tokens * fan_out not in trained
+
+
+def test_writes_into_the_base_output():
+    x, W, A, B = tensors((5, 3))
+    y = x @ W.T
+    assert apply(y, x, A, B, 1.0).data_ptr() == y.data_ptr()
+
+
+def test_computes_in_the_output_dtype():
+    x, W, A, B = tensors((5, 3), dtype=torch.float32)
+    y = apply((x @ W.T).bfloat16(), x, A.requires_grad_(), B.requires_grad_(), 1.0)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+
+
+def test_the_gradient_reduction_sees_the_rank_sized_gradient_only():
+    x, W, A, B = (tensor.requires_grad_() for tensor in tensors((5, 3)))
+    seen = []
+    apply(x @ W.T, x, A, B, 1.0, lambda grad: seen.append(grad.shape) or grad).sum().backward()
+    assert seen == [(15, 2)]
