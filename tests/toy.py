@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 VOCABULARY = 384
@@ -69,7 +70,8 @@ def gpt_config(tokenizer_model: Path, **overrides):
         num_attention_heads=4,
         kv_channels=None,
         num_query_groups=None,
-        init_method_std=0.02,
+        # Large enough for a random base to have something to adapt.
+        init_method_std=0.1,
         use_scaled_init_method=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -242,6 +244,38 @@ def finetuning_model(config, trainer_):
     if scheme is not None:
         model.add_adapter(scheme(model_config))
     return model
+
+
+@contextmanager
+def clean_megatron():
+    """Leave no process group, parallel layout or microbatch count behind: all three are global to the process."""
+    import torch
+    from megatron.core import num_microbatches_calculator, parallel_state
+    from nemo.utils import AppState
+
+    before = dict(vars(AppState()))
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        num_microbatches_calculator.destroy_num_microbatches_calculator()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        vars(AppState()).clear()
+        vars(AppState()).update(before)
+
+
+@contextmanager
+def one_process_world(folder: Path):
+    """One process as a whole Megatron world: gloo over a file in a fresh folder, so that no port can be taken."""
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    with clean_megatron():
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+        yield
 
 
 def finetune(config, **trainer_settings):

@@ -1,0 +1,166 @@
+"""The fine-tuning script as a user runs it: processes, signals, files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"
+DATA = ROOT.parent / "shared" / "data"
+pytestmark = pytest.mark.slow
+
+
+def start(folder, *overrides):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *overrides],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def summary(out, folder):
+    return json.loads((folder / out.splitlines()[-1]).read_text())
+
+
+def last_checkpoint(folder):
+    import torch
+
+    (path,) = folder.rglob("*-last.ckpt")
+    return torch.load(path, weights_only=False)
+
+
+#: A short run of the built-in task with an optimizer state, dropout and validations to lose.
+SHORT = (
+    "model.peft.peft_scheme=tied_lora",
+    "trainer.max_steps=60",
+    "trainer.val_check_interval=20",
+    "trainer.limit_val_batches=1",
+    "model.peft.tied_lora_tuning.dropout=0.1",
+    "model.data.validation_ds.metric.name=loss",
+)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum):
+    import torch
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole = start(tmp_path / "whole", *SHORT)
+    assert finish(whole)[0] == 0
+    cut = start(tmp_path / "cut", *SHORT)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "cut").rglob("*step=20*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    cut.send_signal(signum)
+    code, out, err = finish(cut)
+    assert code == 128 + signum, err[-2000:]
+    assert "The same command continues from there." in out
+    step = last_checkpoint(tmp_path / "cut")["global_step"]
+    assert 20 <= step < 60
+    code, out, err = finish(start(tmp_path / "cut", *SHORT))
+    assert code == 0, err[-2000:]
+    assert "resuming from" in out
+    ours, reference = last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole")
+    assert ours["global_step"] == reference["global_step"] == 60
+    for key, value in reference["state_dict"].items():
+        assert torch.equal(ours["state_dict"][key], value), key
+    assert summary(out, tmp_path / "cut")["steps"] == 60
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    cases = {
+        "model.peft.peft_scheme=tied_lra": "did you mean 'tied_lora'",
+        "model.peft.tied_lora_tuning.preset=TL7": "model.peft.tied_lora_tuning.preset='TL7'",
+        "model.peft.tied_lora_tuning.rnk=8": "rnk",
+        "model.restore_from_path=missing.nemo": "model.restore_from_path='missing.nemo': no such file",
+        "exp_manager.exp_dir=/proc/nowhere": "cannot be written to",
+    }
+    for override, message in cases.items():
+        code, out, err = finish(start(tmp_path, override))
+        assert code == 2, override
+        assert message in err and err.startswith("error: ") and err.count("\n") == 1 and not out, (override, err)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real rows are not beside the checkout")
+def test_real_rows_train_and_generate(tmp_path):
+    code, out, err = finish(
+        start(
+            tmp_path,
+            "model.peft.peft_scheme=tied_lora",
+            f"model.data.train_ds.file_names=[{DATA}/dialogsum/train.jsonl]",
+            f"model.data.validation_ds.file_names=[{DATA}/dialogsum/validation.jsonl]",
+            'model.data.train_ds.prompt_template="{dialogue}\\nSummary: {summary}"',
+            "model.data.train_ds.label_key=summary",
+            "model.data.train_ds.truncation_field=dialogue",
+            "model.data.train_ds.max_seq_length=256",
+            "model.global_batch_size=4",
+            "model.micro_batch_size=4",
+            "model.optim.lr=2e-2",
+            "trainer.max_steps=40",
+            "trainer.val_check_interval=20",
+            "trainer.limit_val_batches=4",
+        )
+    )
+    assert code == 0, err[-2000:]
+    facts = summary(out, tmp_path)
+    assert facts["metric"] == "loss" and facts["metric_after"] < facts["metric_before"]
+    assert len(facts["samples"]) == 3 and all(sample["generated"] for sample in facts["samples"])
+
+
+@pytest.mark.parametrize("scheme", ["vera", "lora", "adapter", "ia3", "ptuning", "none"])
+def test_every_scheme_runs_through_the_same_script(tmp_path, scheme):
+    code, out, err = finish(
+        start(tmp_path, f"model.peft.peft_scheme={scheme}", "trainer.max_steps=20", "trainer.val_check_interval=20")
+    )
+    assert code == 0, err[-2000:]
+    facts = summary(out, tmp_path)
+    assert facts["scheme"] == scheme and facts["trainable"] > 0 and Path(facts["adapter"]).is_file()
+    assert "NeMo I" not in out + err and "NeMo W" not in err, err[-2000:]
+
+
+def test_verbose_brings_the_log_of_nemo_back(tmp_path):
+    code, out, err = finish(start(tmp_path, "verbose=true", "trainer.max_steps=2", "trainer.val_check_interval=2"))
+    assert code == 0, err[-2000:]
+    assert "NeMo I" in out
+
+
+def test_generation_reads_arguments_a_file_and_standard_input(tmp_path):
+    script = ROOT / "examples" / "megatron_gpt_generate.py"
+    prompts = ["In line: Emma Ben Vera Leo. After Ben comes", "Привет, 世界"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    outputs = []
+    for arguments, stdin in ((prompts, None), (["--file", "prompts.txt"], None), ([], "\n".join(prompts))):
+        done = subprocess.run(
+            [sys.executable, script, "--tokens", "4", "--json", *arguments],
+            cwd=tmp_path, input=stdin, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append([json.loads(line) for line in done.stdout.splitlines()])
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert [line["prompt"] for line in outputs[0]] == prompts
+
+
+def test_generation_refuses_an_adapter_that_is_none(tmp_path):
+    (tmp_path / "no.nemo").write_text("text")
+    script = ROOT / "examples" / "megatron_gpt_generate.py"
+    done = subprocess.run(
+        [sys.executable, script, "--adapter", "no.nemo", "--base", "no.nemo", "hello"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "base='no.nemo'" in done.stderr

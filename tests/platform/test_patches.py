@@ -1,0 +1,370 @@
+"""One probe per patch: it fails on the stock host and passes with the patch.
+
+A probe that passes without its patch means that these versions no longer need it: delete the patch.
+"""
+
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import toy
+
+from nemo_tiedlora import platform
+
+BF16 = torch.bfloat16
+PROBES = {}
+
+
+def probe(function):
+    PROBES[function.__name__] = function
+    return function
+
+
+def linear_config(**overrides):
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, **overrides)
+
+
+@probe
+def cuda_devices(**_):
+    assert torch.zeros(1, device="cuda").to(torch.device("cuda")).device.type == "cpu"
+
+
+@probe
+def cuda_calls(**_):
+    torch.nn.Linear(1, 1).cuda()(torch.zeros(1).cuda())
+    torch.cuda.synchronize()
+
+
+@probe
+def cuda_tensor_types(**_):
+    assert isinstance(torch.cuda.LongTensor([1]), torch.Tensor)
+
+
+@probe
+def cuda_autocast(**_):
+    with torch.autocast("cuda", BF16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is BF16
+        assert torch.is_autocast_enabled("cuda")
+
+
+@probe
+def cuda_random_state(world, **_):
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        first = torch.rand(2)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, tp_rank=0, ep_rank=0, etp_rank=0)
+    torch.rand(3)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        assert torch.equal(torch.rand(2), first)
+
+
+@probe
+def cuda_seed(world, **_):
+    from megatron.core import tensor_parallel
+    from nemo.collections.nlp.modules.common.megatron import megatron_init
+
+    with world():
+        tensor_parallel.get_cuda_rng_tracker().reset()
+        megatron_init._set_random_seed(7)
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            pass
+
+
+@probe
+def cuda_accelerator(**_):
+    from lightning.pytorch import Trainer
+
+    Trainer(accelerator="gpu", devices=2, logger=False, enable_checkpointing=False)
+
+
+@probe
+def cuda_main_params(**_):
+    from nemo.core.optim import MainParamsOptimizerWrapper
+
+    weight = torch.nn.Parameter(torch.ones(4, dtype=BF16))
+    with mock.patch("nemo.core.optim.optimizer_with_main_params.get_data_parallel_world_size", return_value=1):
+        wrapper = MainParamsOptimizerWrapper(torch.optim.SGD([weight], lr=2**-12))
+    weight.grad = torch.ones_like(weight)
+    for _ in range(16):
+        wrapper.copy_model_grads_to_main_grads()
+        wrapper.step()
+        weight.grad = torch.ones_like(weight)
+    # One step of 2^-12 is lost in bfloat16; sixteen of them are not.
+    assert weight[0].item() == 1 - 2**-8
+
+
+@probe
+def cuda_distributed_optimizer(**_):
+    from megatron.core.optimizer import optimizer
+
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.ones(4)
+    optimizer.clip_grad_by_total_norm_fp32([weight], 1.0, 2.0)
+    assert weight.grad[0].item() == pytest.approx(0.5, abs=1e-5)
+
+
+@probe
+def fused_kernels(**_):
+    assert not linear_config(apply_rope_fusion=True).apply_rope_fusion
+
+
+@probe
+def jit_fused_functions(**_):
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu
+
+    with mock.patch("torch._dynamo.eval_frame.set_eval_frame", side_effect=AssertionError("compiles")):
+        bias_gelu(torch.ones(2), torch.ones(2))
+
+
+@probe
+def torch_norm(**_):
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    config = linear_config(sequence_parallel=True, tensor_model_parallel_size=2, persist_layer_norm=True)
+    assert WrappedTorchNorm(config, 8).weight.sequence_parallel
+
+
+@probe
+def apex_guards(**_):
+    from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
+
+    NLPDDPStrategy()
+
+
+@probe
+def apex_parameter_groups(**_):
+    from nemo.collections.nlp.modules.common.megatron.utils import get_params_for_weight_decay_optimization
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2), torch.nn.RMSNorm(2))
+    decayed, plain = get_params_for_weight_decay_optimization(model)
+    assert len(decayed["params"]) == 1 and len(plain["params"]) == 4
+
+
+@probe
+def apex_autocast(**_):
+    from nemo.collections.nlp.modules.common.megatron.fused_bias_gelu import fused_bias_gelu
+
+    with torch.autocast("cpu", BF16):
+        assert fused_bias_gelu(torch.ones(2), torch.ones(2)).dtype is BF16
+
+
+@probe
+def apex_gradient_clipping(world, **_):
+    from nemo.collections.nlp.modules.common.megatron.clip_grads import clip_grad_norm_fp32
+
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.ones(4)
+    with world():
+        assert clip_grad_norm_fp32([weight], 1.0).item() == pytest.approx(2)
+
+
+@probe
+def apex_fused_adam(**_):
+    from nemo.core import optim
+
+    optim.get_optimizer("fused_adam", lr=1e-3)([torch.nn.Parameter(torch.zeros(1))])
+
+
+@probe
+def apex_adapter_norm(world, **_):
+    from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
+
+    with world():
+        ParallelLinearAdapter(8, 8, 4, norm_position="pre", norm_type="mixedfusedlayernorm")(torch.ones(2, 1, 8))
+
+
+@probe
+def apex_distributed_adam(**_):
+    from megatron.core import optimizer
+
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.ones(4)
+    adam = optimizer.Adam([weight])
+    adam.step()
+    assert adam.param_groups[0]["step"] == 1 and "step" not in adam.state[weight]
+
+
+@probe
+def transformer_engine_layers(**_):
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import get_specs
+
+    get_specs("", linear_config())
+    with pytest.raises(ValueError, match="needs Transformer Engine"):
+        get_specs("megatron_gemma2", linear_config())
+
+
+@probe
+def local_layers_process_groups(toys, **_):
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+    with toy.clean_megatron():
+        config = toy.gpt_config(toys / "tokenizer.model")
+        MegatronGPTModel(config, toy.trainer(config))
+
+
+@probe
+def sequence_parallel_adapters(world, **_):
+    from megatron.core import ModelParallelConfig
+    from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import ParallelLinearAdapter
+
+    config = ModelParallelConfig(sequence_parallel=True, tensor_model_parallel_size=2)
+    with world():
+        assert ParallelLinearAdapter(8, 8, 4, norm_position=None, model_parallel_config=config)._sequence_parallel
+
+
+@probe
+def generation_strategy(**_):
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+    from nemo.collections.nlp.modules.common import text_generation_strategy
+
+    model = mock.Mock(spec=MegatronGPTModel, model=None, training=False)
+    strategy = text_generation_strategy.model_inference_strategy_dispatcher(model)
+    assert isinstance(strategy, text_generation_strategy.GPTModelTextGenerationStrategy)
+
+
+@probe
+def checkpoint_results_queue(**_):
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    no_spawn = mock.patch.object(filesystem_async.mp, "get_context", side_effect=AssertionError("spawns"))
+    with no_spawn, mock.patch.object(filesystem_async, "_results_queue", None):
+        queue = filesystem_async._get_write_results_queue()
+    queue.put(1)
+    assert queue.get_nowait() == 1
+
+
+@probe
+def dataset_helper_build(**_):
+    from nemo.collections.nlp.data.language_modeling.megatron import dataset_utils
+
+    dataset_utils.compile_helper()
+    assert len(list(Path(dataset_utils.__file__).parent.glob("helpers*.so"))) == 1
+
+
+@probe
+def container_version(**_):
+    from nemo.collections.nlp.models.language_modeling.megatron_base_model import MegatronBaseModel
+
+    MegatronBaseModel._enable_nvidia_optimizations(mock.Mock())
+
+
+@probe
+def adapter_mixins(finetuning, **_):
+    with toy.clean_megatron():
+        toy.finetune(
+            finetuning("gpt", "lora-all"),
+            max_steps=1,
+            num_sanity_val_steps=0,
+            val_check_interval=1,
+            limit_val_batches=0,
+        )
+
+
+@probe
+def recompute_with_frozen_input(world, **_):
+    from megatron.core import tensor_parallel
+
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    with world():
+        tensor_parallel.checkpoint(lambda x: x @ weight, False, torch.ones(2, 2)).sum().backward()
+    assert weight.grad is not None
+
+
+@probe
+def recompute_in_mixed_precision(world, **_):
+    from megatron.core import tensor_parallel
+
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    x = torch.ones(2, 2, dtype=BF16, requires_grad=True)
+    with world():
+        with torch.autocast("cuda", BF16):
+            y = tensor_parallel.checkpoint(lambda x: x @ weight, False, x)
+        y.sum().backward()
+    assert weight.grad is not None
+
+
+@probe
+def ia3_without_query_groups(toys, **_):
+    from nemo.collections.nlp.parts.peft_config import IA3PEFTConfig
+
+    config = toy.gpt_config(toys / "tokenizer.model", peft=toy.STOCK_SCHEMES["ia3"])
+    assert IA3PEFTConfig(config).get_config_dict()["key_infused_adapter"].in_features == 32
+    assert config.num_query_groups is None
+
+
+@probe
+def generation_under_sequence_parallelism(**_):
+    from nemo.collections.nlp.modules.common import text_generation_utils
+
+    embedding = torch.nn.Module()
+    embedding.reduce_scatter_embeddings = True
+    model = torch.nn.Sequential(embedding)
+    text_generation_utils.synced_generate(model)
+    assert embedding.reduce_scatter_embeddings
+
+
+@probe
+def optimizer_steps_in_checkpoints(**_):
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from nemo.collections.nlp.parts import nlp_overrides
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    adam = torch.optim.AdamW([weight])
+    adam.step()
+    state = adam.state_dict()
+    sharded = ShardedTensor.from_rank_offsets("weight", weight.data)
+    nlp_overrides.optim_state_to_sharding_state(state, {0: sharded})
+    assert state["state"]["common_step"].item() == 1 and adam.state[weight]["step"].item() == 1
+
+
+@pytest.fixture
+def before_entering(monkeypatch, tmp_path):
+    """What some probes need in place before any patch is applied."""
+    from nemo.collections.nlp.data.language_modeling.megatron import dataset_utils
+    from nemo.collections.nlp.modules.common import text_generation_utils
+
+    def generate(model):
+        assert not any(getattr(module, "reduce_scatter_embeddings", False) for module in model.modules())
+
+    monkeypatch.delenv("NVIDIA_PYTORCH_VERSION", raising=False)
+    monkeypatch.setattr(text_generation_utils, "synced_generate", generate)
+    # The helper's folder with a tiny source, and a PATH with the compiler but no Python.
+    folder = tmp_path / "megatron"
+    folder.mkdir()
+    shutil.copy(Path(dataset_utils.__file__).with_name("Makefile"), folder)
+    (folder / "helpers.cpp").write_text("#include <Python.h>\n")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("make", "g++", "as", "ld", "sh"):
+        (programs / name).symlink_to(shutil.which(name))
+    monkeypatch.setattr(dataset_utils, "__file__", str(folder / "dataset_utils.py"))
+    monkeypatch.setenv("PATH", str(programs))
+
+
+def test_every_patch_has_a_probe():
+    assert set(PROBES) == {patch.name for patch in platform.patches()}
+
+
+@pytest.mark.parametrize("patch", platform.patches(), ids=lambda patch: patch.name)
+def test_patch_is_needed_and_helps(patch, before_entering, host_without, toys, finetuning, tmp_path):
+    if not patch.needed():
+        pytest.skip("this machine has the real thing")
+    worlds = iter(range(2))
+
+    def world():
+        folder = tmp_path / f"world{next(worlds)}"
+        folder.mkdir()
+        return toy.one_process_world(folder)
+
+    resources = dict(world=world, toys=toys, finetuning=finetuning)
+    with host_without(patch.name), pytest.raises((Exception, SystemExit)):
+        PROBES[patch.name](**resources)
+    with platform.host():
+        PROBES[patch.name](**resources)
