@@ -28,7 +28,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
 
 
 def build_model(cfg: DictConfig, base_path: Path, trainer: Trainer) -> MegatronGPTSFTModel:
-    """The base with a new adapter, with the saved one of ``model.peft.restore_from_path``, or (scheme none) as it is."""
+    """The base with a new adapter, with a saved one (``model.peft.restore_from_path``), or (scheme none) as it is."""
     register()
     merged = MegatronGPTSFTModel.merge_cfg_with(str(base_path), cfg)
     with open_dict(merged):

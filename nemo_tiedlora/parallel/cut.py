@@ -5,7 +5,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
 
-from nemo_tiedlora.variants import Site, TensorSpec
+from nemo_tiedlora.variants import TensorSpec
 
 #: The axis of W that Megatron shards, by kind of parallel linear layer.
 SHARDED_AXIS = {"column": "out", "row": "in"}

@@ -1,4 +1,4 @@
-"""NeMo itself, entered once for this folder, and toy bases saved by it."""
+"""NeMo itself, entered once per file, and toy bases saved by it."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from nemo_tiedlora import platform, register
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def host():
-    with platform.host() as entered:
+    with platform.host() as entered, toy.clean_megatron():
         register()
         yield entered
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def files(host, tmp_path_factory):
     """Training and validation rows, and a random Llama-like and GPT-2B-like base."""
     folder = tmp_path_factory.mktemp("toy")
