@@ -19,7 +19,7 @@ demo: setup
 	$(PY) examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
 
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

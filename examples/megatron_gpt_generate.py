@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.platform.threads import wait_passively
 
 app = typer.Typer(add_completion=False)
 
@@ -30,6 +31,7 @@ def main(
     verbose: Annotated[bool, typer.Option(help="Show NeMo's own log.")] = False,
 ) -> None:
     """Continue each prompt as it stands; write the adapter's prompt template out."""
+    wait_passively()
     try:
         texts = prompts or _lines(file)
         run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose)
@@ -41,8 +43,12 @@ def main(
 def run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose):
     from nemo_tiedlora.embedded import base as embedded_base
     from nemo_tiedlora.nemo.generate import generator
+    from nemo_tiedlora.platform.threads import use_one_thread
 
-    with generator(base or embedded_base.base(), adapter, precision, verbose) as loaded:
+    if base is None:
+        base = embedded_base.base()
+        use_one_thread()
+    with generator(base, adapter, precision, verbose) as loaded:
         completions = loaded.generate(texts, tokens, temperature, top_p, batch_size)
         for text, completion in zip(texts, completions, strict=True):
             line = {"prompt": text, "completion": completion}

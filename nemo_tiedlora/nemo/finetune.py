@@ -18,6 +18,7 @@ from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, scheme_of
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.targets import shape
+from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.variants import SCHEMES, Site, TiedConfig, build, config_for, count
 
 #: The data sections of the config.
@@ -49,8 +50,11 @@ def finetune(cfg: DictConfig) -> Path:
     path = cfg.model.restore_from_path
     base = nemo_config(path, "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     check(cfg, base)
+    if not path:
+        path = embedded_base.base()
+        use_one_thread()
     with open_dict(cfg):
-        cfg.model.restore_from_path = str(path or embedded_base.base())
+        cfg.model.restore_from_path = str(path)
     with quiet(not cfg.verbose) as results, platform.host():
         return _run(cfg, base, as_asked, results)
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.platform.threads import wait_passively
 
 
 def register_resolvers() -> None:
@@ -33,6 +34,7 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[Dic
 
     def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
         def main() -> None:
+            wait_passively()
             register_resolvers()
             # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
