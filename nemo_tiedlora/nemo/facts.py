@@ -9,27 +9,25 @@ class Facts(Callback):
     """Counts training seconds and tokens, and remembers the score before training.
 
     Attributes:
-        before: the metric before training, or None while unknown.
+        before: the metric before training, or None while unknown; ``generated_before``: sample completions then.
         seconds: spent in training steps, validation excluded.
         tokens: token positions that went through the model in training, padding included.
         steps: optimizer steps taken.
-        trainable: number of trained parameters on this rank.
     """
 
     def __init__(self):
         self.before: float | None = None
-        self.seconds, self.tokens, self.steps, self.trainable = 0.0, 0, 0, 0
+        self.generated_before: list[str] = []
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
         self._started = None
 
     def state_dict(self):
-        return {"before": self.before, "seconds": self.seconds, "tokens": self.tokens}
+        return {name: getattr(self, name) for name in ("before", "generated_before", "seconds", "tokens", "steps")}
 
     def load_state_dict(self, state):
-        self.before, self.seconds, self.tokens = state["before"], state["seconds"], state["tokens"]
+        vars(self).update(state)
 
     def on_train_start(self, trainer, model):
-        self.steps = trainer.global_step
-        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         for chunk in model.get_model_module_list():
             if getattr(chunk, "pre_process", False):
                 self._hook = chunk.embedding.register_forward_pre_hook(self._count, with_kwargs=True)

@@ -119,15 +119,19 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
         say(f"resuming from {trainer.ckpt_path}")
     else:
         facts.before = evaluate(trainer, model)
+        facts.generated_before = [sample["generated"] for sample in generate_samples(model)]
         say(f"{metric} before: {_score(metric, facts.before)}")
     try:
         trainer.fit(model)
     except Interrupted as stopped:
         say(f"{stopped}; saved in {folder / 'checkpoints'}. The same command continues from there.")
         sys.exit(128 + stopped.signum)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     after = evaluate(trainer, model)
-    samples = generate_samples(model)
-    trainable = facts.trainable
+    samples = [
+        {"input": sample["input"], "expected": sample["expected"], "before": before, "after": sample["generated"]}
+        for sample, before in zip(generate_samples(model), facts.generated_before, strict=True)
+    ]
     percent = 100 * trainable / _lora_size(cfg, scheme, base)
     summary = {
         "scheme": scheme,
@@ -167,8 +171,10 @@ def evaluate(trainer, model) -> float:
 
 
 def generate_samples(model) -> list[dict[str, str]]:
-    """Greedy completions of the first validation rows, beside what was expected."""
-    dataset = model._validation_ds[0]
+    """Greedy completions of the first rows that ``evaluate`` used, beside what was expected."""
+    data = model.cfg.data
+    tested = data.get("test_ds") and data.test_ds.get("file_names")
+    dataset = (model._test_ds if tested else model._validation_ds)[0]
     rows = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     batch = dataset.collate_fn(rows)
     length = model.cfg.data.validation_ds.tokens_to_generate
@@ -216,8 +222,8 @@ class _Say:
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         table = Table(show_lines=True)
-        for name in ("input", "expected", "generated"):
+        for name in samples[0]:
             table.add_column(name)
         for sample in samples:
-            table.add_row(*(Text(sample[name][-400:]) for name in ("input", "expected", "generated")))
+            table.add_row(*(Text(text[-400:]) for text in sample.values()))
         self.console.print(table, soft_wrap=False)

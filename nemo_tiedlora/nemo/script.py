@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.platform.threads import wait_passively
 
 
@@ -48,7 +49,7 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[Dic
             except UsageError as error:
                 _exit(str(error))
             except (HydraException, OmegaConfBaseException) as error:
-                _exit(" ".join(str(error).split()))
+                _exit(_explain(error, config_path, config_name))
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -57,6 +58,19 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[Dic
         return main
 
     return decorate
+
+
+def _explain(error: Exception, config_path: Path, config_name: str) -> str:
+    """Hydra's message in one line, with the closest name where a setting is mistyped."""
+    mistyped = re.search(r"Could not override '([\w.]+)'", str(error))
+    if not mistyped:
+        return " ".join(str(error).split())
+    parent, _, name = mistyped[1].rpartition(".")
+    section = OmegaConf.load(config_path / f"{config_name}.yaml")
+    while OmegaConf.select(section, parent) is None and parent:
+        parent, _, name = parent.rpartition(".")
+    known = OmegaConf.select(section, parent) if parent else section
+    return f"{mistyped[1]}: there is no {name!r}; {closest(name, known)}"
 
 
 def _exit(line: str) -> None:

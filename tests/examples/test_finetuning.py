@@ -87,7 +87,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     cases = {
         "model.peft.peft_scheme=tied_lra": "did you mean 'tied_lora'",
         "model.peft.tied_lora_tuning.preset=TL7": "model.peft.tied_lora_tuning.preset='TL7'",
-        "model.peft.tied_lora_tuning.rnk=8": "rnk",
+        "model.peft.tied_lora_tuning.rnk=8": "there is no 'rnk'; did you mean 'rank'?",
+        "model.optm.lr=1": "there is no 'optm'; did you mean 'optim'?",
         "model.restore_from_path=missing.nemo": "model.restore_from_path='missing.nemo': no such file",
         "exp_manager.exp_dir=/proc/nowhere": "cannot be written to",
     }
@@ -120,7 +121,7 @@ def test_real_rows_train_and_generate(tmp_path):
     assert code == 0, err[-2000:]
     facts = summary(out, tmp_path)
     assert facts["metric"] == "loss" and facts["metric_after"] < facts["metric_before"]
-    assert len(facts["samples"]) == 3 and all(sample["generated"] for sample in facts["samples"])
+    assert len(facts["samples"]) == 3 and all(sample["after"] for sample in facts["samples"])
 
 
 @pytest.mark.parametrize("scheme", ["vera", "lora", "adapter", "ia3", "ptuning", "none"])

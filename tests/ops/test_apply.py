@@ -56,6 +56,36 @@ def test_keeps_nothing_as_large_as_the_output_and_no_input_for_a_frozen_a():
     assert tokens * fan_in in trained and tokens * fan_out not in trained
 
 
+def test_folds_every_scale_into_the_small_factors():
+    """u, v and alpha cost no operation of the size of an activation: beside x Aᵀ and + h Bᵀ there is none."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from nemo_tiedlora.variants import Bank, Site, TiedConfig, build
+
+    tokens, fan_in, fan_out = 512, 32, 48
+    site = Site("t", 0, fan_in, fan_out)
+    bank = Bank(build(TiedConfig(preset="TL6", rank=4, alpha=6)))
+    bank.adopt(torch.nn.Module(), site)
+    x, y = torch.randn(tokens, fan_in), torch.randn(tokens, fan_out)
+    large = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes = [value.numel() for value in (*args, result) if isinstance(value, torch.Tensor)]
+            if (
+                max(sizes, default=0) >= tokens * fan_in
+                and "view" not in str(function)
+                and "detach" not in str(function)
+            ):
+                large.append(str(function))
+            return result
+
+    with Record():
+        apply(y, x, *bank.factors(site))
+    assert large == ["aten.mm.default", "aten.addmm_.default"]
+
+
 def test_writes_into_the_base_output():
     x, W, A, B = tensors((5, 3))
     y = x @ W.T
