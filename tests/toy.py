@@ -6,11 +6,16 @@ Everything here runs inside `nemo_tiedlora.platform.host()` and imports NeMo onl
 from __future__ import annotations
 
 import json
+import os
 import random
 from contextlib import contextmanager
 from pathlib import Path
 
 VOCABULARY = 384
+
+#: For processes of their own: one thread, and not this process's rendezvous, whose port is taken.
+FRESH = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+FRESH["OMP_NUM_THREADS"] = "1"
 OPTIM = dict(
     name="adamw",
     lr=1e-2,

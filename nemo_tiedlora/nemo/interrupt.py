@@ -2,10 +2,12 @@
 
 import random
 import signal
+from typing import Any
 
 import numpy
 import torch
 from lightning.pytorch import Callback
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
 class Interrupted(Exception):
@@ -22,15 +24,20 @@ class Interruptible(Callback):
     A validation that was due after that step is made up for first thing when the run continues.
 
     The first signal only asks; a second one has its usual effect. Until training starts a signal has its usual effect
-    too: there is nothing to save yet. All ranks stop at the same step. Random number generators go into checkpoints,
-    so that dropout continues as it would have.
+    too: there is nothing to save yet. All ranks stop at the same step.
+
+    Random number generators go into every checkpoint, and validation leaves them as they were: so that dropout goes on
+    as it would have, whichever checkpoint a run continues from.
     """
 
     def __init__(self):
         self._signum = 0
         self._previous = {}
+        self._resumed_states = self._states_before_validation = None
 
     def on_train_start(self, trainer, model):
+        if self._resumed_states:  # not before: making the data loaders draws random numbers
+            set_random_states(self._resumed_states)
         for signum in (signal.SIGINT, signal.SIGTERM):
             self._previous[signum] = signal.signal(signum, self._ask)
 
@@ -61,31 +68,39 @@ class Interruptible(Callback):
                 saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             raise Interrupted(signum, trainer.global_step)
 
+    def on_validation_start(self, trainer, model):
+        self._states_before_validation = random_states()
+
+    def on_validation_end(self, trainer, model):
+        set_random_states(self._states_before_validation)
+
     def on_save_checkpoint(self, trainer, model, checkpoint):
-        checkpoint["random_states"] = {
-            "python": random.getstate(),
-            "numpy": numpy.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "megatron": _megatron_states(),
-        }
+        checkpoint["random_states"] = random_states()
 
     def on_load_checkpoint(self, trainer, model, checkpoint):
+        self._resumed_states = checkpoint.get("random_states")
         # NeMo's loader of a resumed run holds the remaining batches only, but Lightning would count the done ones
         # against it, end the epoch early and then repeat the data.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["current"] = dict.fromkeys(progress["current"], 0)
         progress["is_last_batch"] = False
-        states = checkpoint.get("random_states")
-        if states:
-            random.setstate(states["python"])
-            numpy.random.set_state(states["numpy"])
-            torch.set_rng_state(states["torch"])
-            from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-            get_cuda_rng_tracker().set_states(states["megatron"])
 
 
-def _megatron_states():
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+def random_states() -> dict[str, Any]:
+    """Where every random number generator of this process is."""
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
 
-    return get_cuda_rng_tracker().get_states()
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators back to where ``random_states`` found them."""
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state(states["cuda"])
+    get_cuda_rng_tracker().set_states(states["megatron"])

@@ -21,6 +21,7 @@ KNOWN_WARNINGS = re.compile(
             r"does not have field\.name",
             r"is not long enough to truncate",
             r"No training data found, reconfiguring microbatches",
+            r"requires DistributedCheckpointIO plugin to be used\. Setting up a default",
             r"Exp_manager is logging to .* already exists",
             r"no checkpoints found in checkpoint_dir",
             r"told to monitor a validation value and trainer's max_steps",

@@ -7,6 +7,7 @@ from itertools import islice
 from types import SimpleNamespace
 
 import pytest
+import toy
 
 from nemo_tiedlora.embedded import base as embedded
 from nemo_tiedlora.embedded import language, tasks
@@ -64,7 +65,7 @@ def model():
     path = embedded.base()
     from nemo_tiedlora import platform
 
-    with platform.host():
+    with platform.host(), toy.clean_megatron():
         import torch
         from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
         from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder

@@ -1,7 +1,6 @@
 """The fine-tuning script as a user runs it: processes, signals, files."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import toy
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"
@@ -17,11 +17,10 @@ pytestmark = pytest.mark.slow
 
 
 def start(folder, *overrides):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, SCRIPT, *overrides],
         cwd=folder,
-        env=environment,
+        env=toy.FRESH,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -149,7 +148,7 @@ def test_generation_reads_arguments_a_file_and_standard_input(tmp_path):
     for arguments, stdin in ((prompts, None), (["--file", "prompts.txt"], None), ([], "\n".join(prompts))):
         done = subprocess.run(
             [sys.executable, script, "--tokens", "4", "--json", *arguments],
-            cwd=tmp_path, input=stdin, capture_output=True, text=True,
+            cwd=tmp_path, env=toy.FRESH, input=stdin, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         outputs.append([json.loads(line) for line in done.stdout.splitlines()])
@@ -162,6 +161,6 @@ def test_generation_refuses_an_adapter_that_is_none(tmp_path):
     script = ROOT / "examples" / "megatron_gpt_generate.py"
     done = subprocess.run(
         [sys.executable, script, "--adapter", "no.nemo", "--base", "no.nemo", "hello"],
-        cwd=tmp_path, capture_output=True, text=True,
+        cwd=tmp_path, env=toy.FRESH, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "base='no.nemo'" in done.stderr

@@ -1,12 +1,12 @@
 """Every command and every number of the README, as a newcomer would meet them."""
 
 import json
-import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import toy
 
 from nemo_tiedlora.variants import PRESETS, Site, TiedConfig, build, count
 
@@ -33,7 +33,7 @@ def checkout(tmp_path):
 
 @pytest.mark.slow
 def test_every_command_runs_and_the_demo_learns(checkout):
-    environment = os.environ | {"PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"}
+    environment = toy.FRESH | {"PATH": f"{ROOT / '.venv' / 'bin'}:{toy.FRESH['PATH']}"}
     done = None
     for command in commands():
         done = subprocess.run(

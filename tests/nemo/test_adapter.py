@@ -1,12 +1,12 @@
 """Tied-LoRA inside NeMo: real Megatron layers, real training, real ``.nemo`` files."""
 
-import os
 import subprocess
 import sys
 import tarfile
 
 import pytest
 import torch
+import toy
 
 from nemo_tiedlora.errors import UsageError
 
@@ -134,10 +134,8 @@ with generator(base, adapter) as loaded:
 sys.exit(0 if same else 1)
 """
     arguments = [files["llama"], tmp_path / "adapter.nemo", tmp_path / "expected.pt", CHUNK]
-    # Not this process's rendezvous: its port is taken.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *map(str, arguments)], env=toy.FRESH, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
