@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.adapter import FactorAdapterConfig
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
-from nemo_tiedlora.nemo.targets import TARGETS, check_targets, shape
+from nemo_tiedlora.nemo.targets import TARGETS, expand, is_gated, rows, shape
 from nemo_tiedlora.parallel.cut import SHARDED_AXIS, cut
 from nemo_tiedlora.variants import SCHEMES, Bank, Site, build, config_for
 
@@ -26,11 +26,12 @@ class FactorPEFTConfig(PEFTConfig):
         section = cfg.peft.get(f"{scheme}_tuning") or {}
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
         self.config = config_for(scheme, self.settings)
-        check_targets(self.config.target_modules)
-        _check_layout(cfg)
+        self.targets = expand(self.config.target_modules)
+        _check_layout(cfg, self.targets)
+        self.variant = build(self.config, cfg.num_layers)
         mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
         adapters, self.name_key_to_mcore_mixins = {}, {}
-        for target in self.config.target_modules:
+        for target in self.targets:
             where = TARGETS[target]
             adapters[self.adapter_name(target)] = FactorAdapterConfig(
                 scheme, target, where.parallel, self.config.dropout, self.settings
@@ -44,26 +45,31 @@ class FactorPEFTConfig(PEFTConfig):
 
     def tie_weights(self, model: NLPAdapterModelMixin) -> None:
         """Bind every layer's adapter to one bank, and record the checksums of frozen factors in the model's config."""
-        parallel_of = {target: TARGETS[target].parallel for target in TARGETS}
         bank = Bank(
-            build(self.config),
-            cut=lambda whole, spec, site: cut(whole, spec, SHARDED_AXIS[parallel_of[site.target]]),
+            self.variant,
+            cut=lambda whole, spec, site: cut(whole, spec, SHARDED_AXIS[TARGETS[site.target].parallel]),
             checksums=self.config.checksums,
         )
+        ranks = model.cfg.get("tensor_model_parallel_size", 1)
         for layer in model._unwrap_layers_model_list():
-            for target in self.config.target_modules:
+            for target in self.targets:
                 linear = layer.get_submodule(TARGETS[target].path)
                 adapters = getattr(linear, "adapter_layer", {})
                 if self.adapter_name(target) in adapters:
                     site = Site(target, layer.layer_number - 1, *shape(target, model.cfg))
-                    adapters[self.adapter_name(target)].bind(bank, site, linear)
+                    adapters[self.adapter_name(target)].bind(bank, site, linear, rows(target, model.cfg, ranks))
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
             OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", {"checksums": bank.checksums}, force_add=True)
 
 
-def _check_layout(cfg: DictConfig) -> None:
+def _check_layout(cfg: DictConfig, targets: list[str]) -> None:
     """Refuse what would train something else than one model."""
+    if cfg.get("tensor_model_parallel_size", 1) > 1:
+        for target in targets:
+            # Rows of a gated fc1 are not one block per rank; a row-parallel layer needs a reduction of its own.
+            if TARGETS[target].parallel == "row" or (target == "mlp_fc1" and is_gated(cfg)):
+                raise UsageError("target_modules", target, "not supported with tensor parallelism yet")
     for name in ("pipeline_model_parallel_size", "context_parallel_size"):
         if cfg.get(name, 1) not in (None, 1):
             raise UsageError(f"model.{name}", cfg.get(name), "factors tied across such ranks are not supported yet")

@@ -14,29 +14,99 @@ class Target:
     Args:
         path: its path below a Megatron-core ``TransformerLayer``.
         parallel: ``column`` (rows of W, so ``out``, are sharded) or ``row`` (``in`` is).
+        part: the matrix inside a fused projection that it addresses; None is the whole.
     """
 
     path: str
     parallel: str
+    part: str | None = None
 
 
-TARGETS = {"attention_qkv": Target("self_attention.linear_qkv", "column")}
+TARGETS = {
+    "attention_qkv": Target("self_attention.linear_qkv", "column"),
+    "attention_q": Target("self_attention.linear_qkv", "column", "q"),
+    "attention_k": Target("self_attention.linear_qkv", "column", "k"),
+    "attention_v": Target("self_attention.linear_qkv", "column", "v"),
+    "attention_dense": Target("self_attention.linear_proj", "row"),
+    "mlp_fc1": Target("mlp.linear_fc1", "column"),
+    "mlp_gate": Target("mlp.linear_fc1", "column", "gate"),
+    "mlp_up": Target("mlp.linear_fc1", "column", "up"),
+    "mlp_fc2": Target("mlp.linear_fc2", "row"),
+}
+#: Names for several targets, or another name for one.
+NAMES = {
+    "attention": ["attention_qkv", "attention_dense"],
+    "mlp": ["mlp_fc1", "mlp_fc2"],
+    "all": ["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"],
+    "mlp_down": ["mlp_fc2"],
+}
 
 
-def check_targets(names: list[str]) -> None:
-    """Raise ``UsageError`` for an empty list, an unknown target or one named twice."""
+def expand(names: list[str]) -> list[str]:
+    """The targets that ``names`` stand for, each once, in the order given.
+
+    Raises:
+        UsageError: no name, an unknown one, or a fused projection together with a matrix inside it.
+    """
     if not names:
         raise UsageError("target_modules", names, f"name at least one of {', '.join(TARGETS)}")
+    targets: list[str] = []
     for name in names:
-        if name not in TARGETS:
-            raise UsageError("target_modules", name, closest(name, TARGETS))
-    if len(set(names)) < len(names):
-        raise UsageError("target_modules", names, "each target once")
+        if name not in TARGETS and name not in NAMES:
+            raise UsageError("target_modules", name, closest(name, [*TARGETS, *NAMES]))
+        targets += [target for target in NAMES.get(name, [name]) if target not in targets]
+    whole = {TARGETS[target].path for target in targets if TARGETS[target].part is None}
+    for target in targets:
+        if TARGETS[target].part and TARGETS[target].path in whole:
+            raise UsageError("target_modules", target, "is inside a fused projection that is a target too; name one")
+    return targets
+
+
+def is_gated(model: DictConfig) -> bool:
+    """Whether fc1 is a fused gate and up projection (SwiGLU and the like)."""
+    return str(model.get("activation", "gelu")).endswith("glu")
 
 
 def shape(target: str, model: DictConfig) -> tuple[int, int]:
-    """Whole (in_features, out_features) of a target, from a NeMo GPT's model config."""
+    """Whole (in_features, out_features) of a target, from a NeMo GPT's model config.
+
+    Raises:
+        UsageError: the gate or up projection of a model that has none.
+    """
+    hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
+    head_dim = model.get("kv_channels") or hidden // heads
+    groups = model.get("num_query_groups") or heads
+    if TARGETS[target].part in ("gate", "up") and not is_gated(model):
+        raise UsageError("target_modules", target, f"the base's activation {model.activation!r} has no gate")
+    return {
+        "attention_qkv": (hidden, (heads + 2 * groups) * head_dim),
+        "attention_q": (hidden, heads * head_dim),
+        "attention_k": (hidden, groups * head_dim),
+        "attention_v": (hidden, groups * head_dim),
+        "attention_dense": (heads * head_dim, hidden),
+        "mlp_fc1": (hidden, 2 * ffn if is_gated(model) else ffn),
+        "mlp_gate": (hidden, ffn),
+        "mlp_up": (hidden, ffn),
+        "mlp_fc2": (ffn, hidden),
+    }[target]
+
+
+def rows(target: str, model: DictConfig, ranks: int = 1):
+    """Which rows of the fused projection's local W a target addresses, as indices (out,); None means all.
+
+    Megatron stores QKV by query group: the group's queries, then its key, then its value; and gate before up.
+    """
+    import torch
+
+    part = TARGETS[target].part
+    if part is None:
+        return None
+    if part in ("gate", "up"):
+        half = model.ffn_hidden_size // ranks
+        return torch.arange(half) + (half if part == "up" else 0)
     heads = model.num_attention_heads
     head_dim = model.get("kv_channels") or model.hidden_size // heads
     groups = model.get("num_query_groups") or heads
-    return {"attention_qkv": (model.hidden_size, (heads + 2 * groups) * head_dim)}[target]
+    per_group = heads // groups
+    fused = torch.arange((heads + 2 * groups) * head_dim // ranks).view(groups // ranks, per_group + 2, head_dim)
+    return {"q": fused[:, :per_group], "k": fused[:, per_group], "v": fused[:, per_group + 1]}[part].reshape(-1)

@@ -21,8 +21,11 @@ class _Apply(torch.autograd.Function):
         h = x.reshape(-1, x.shape[-1]) @ A.T
         ctx.scale, ctx.reduce_grad, ctx.x_shape = scale, reduce_grad, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h if ctx.needs_input_grad[3] else None, A, B)
+        flat = y.view(-1, y.shape[-1])
+        if y._is_view():  # Megatron's row-parallel output is one; autograd lets nobody write into it
+            return torch.addmm(flat, h, B.T, alpha=scale).view(y.shape)
         ctx.mark_dirty(y)
-        y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=scale)
+        flat.addmm_(h, B.T, alpha=scale)
         return y
 
     @staticmethod
@@ -48,7 +51,7 @@ def apply(
     """``y + scale · (x Aᵀ) Bᵀ``, written into ``y``.
 
     Args:
-        y: output of the frozen layer, (..., out). Its dtype is the one computed in. Overwritten if contiguous.
+        y: output of the frozen layer, (..., out). Its dtype is the one computed in. Overwritten, unless it is a view.
         x: input of the frozen layer, (..., in).
         A: (rank, in). B: (out, rank). scale: s of the equation; it multiplies the product, never an activation.
         reduce_grad: takes dL/d(xAᵀ), (tokens, rank), to its sum over the ranks that each hold some rows of B.

@@ -2,23 +2,32 @@
 
 from nemo_tiedlora.variants.attach import attach, merge
 from nemo_tiedlora.variants.bank import Bank
-from nemo_tiedlora.variants.base import Count, Factors, Site, TensorSpec, Variant, count
+from nemo_tiedlora.variants.base import Count, Factors, FrozenWeight, Site, TensorSpec, Variant, count
+from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
+from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import Init, checksum
 from nemo_tiedlora.variants.registry import SCHEMES, build, config_for
+from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import PRESETS, Tied, TiedConfig
 
 __all__ = [
     "PRESETS",
     "SCHEMES",
     "Bank",
+    "Conditional",
+    "ConditionalConfig",
     "Count",
     "Factors",
+    "FrozenWeight",
     "Init",
+    "Shared",
+    "SharedConfig",
     "Site",
     "TensorSpec",
     "Tied",
     "TiedConfig",
     "Variant",
+    "VariantConfig",
     "attach",
     "build",
     "checksum",

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.variants.bank import Bank
-from nemo_tiedlora.variants.base import Site
-from nemo_tiedlora.variants.registry import Config, build
+from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site
+from nemo_tiedlora.variants.config import VariantConfig
+from nemo_tiedlora.variants.registry import build
 
 
 class AdaptedLinear(nn.Module):
@@ -22,12 +23,16 @@ class AdaptedLinear(nn.Module):
         self.bank, self.site, self.dropout = bank, site, dropout
         bank.adopt(self, site, device=base.weight.device, dtype=base.weight.dtype)
 
+    def factors(self) -> Factors:
+        """This layer's A, B and scale."""
+        return self.bank.factors(self.site, FrozenWeight(self.base.weight))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) → (..., out)."""
-        return apply(self.base(x), F.dropout(x, self.dropout, self.training), *self.bank.factors(self.site))
+        return apply(self.base(x), F.dropout(x, self.dropout, self.training), *self.factors())
 
 
-def attach(model: nn.Module, config: Config, targets: Sequence[str]) -> Bank:
+def attach(model: nn.Module, config: VariantConfig, targets: Sequence[str]) -> Bank:
     """Adapt every ``nn.Linear`` of ``model`` whose last name is in ``targets``, in place; freeze everything else.
 
     Args:
@@ -49,7 +54,7 @@ def attach(model: nn.Module, config: Config, targets: Sequence[str]) -> Bank:
         if target not in found:
             raise UsageError("targets", target, f"no linear layer has this name; {closest(target, found)}")
     model.requires_grad_(False)
-    bank = Bank(build(config), checksums=config.checksums)
+    bank = Bank(build(config, max(len(found[target]) for target in targets)), checksums=config.checksums)
     for target in targets:
         for layer, name in enumerate(found[target]):
             if config.layer_selection and layer + 1 not in config.layer_selection:
@@ -65,7 +70,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Add every adapter's ``s · B A`` to its frozen weight, in place, and take the adapters off."""
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     for module in adapted.values():  # all before the first is taken off: shared tensors live on one of them
-        A, B, scale = module.bank.factors(module.site)
+        A, B, scale = module.factors()
         module.base.weight += scale * (B @ A)
     for name, module in adapted.items():
         _replace(model, name, module.base)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants.base import Factors, Site, TensorSpec, Variant
+from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.init import checksum
 
 #: Takes a whole tensor to the part that this process holds.
@@ -77,9 +77,9 @@ class Bank:
         # Looked up on the module each time: moving a module replaces its buffers.
         return {name: getattr(module, attribute) for name, (module, attribute) in self._parts[site].items()}
 
-    def factors(self, site: Site) -> Factors:
+    def factors(self, site: Site, weight: FrozenWeight) -> Factors:
         """The layer's A (rank, in), B (out, rank) and scale."""
-        return self.variant.factors(site, self.tensors(site))
+        return self.variant.factors(site, self.tensors(site), weight)
 
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the adapter by its key, each once."""

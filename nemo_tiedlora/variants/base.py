@@ -14,9 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import Init
 
 
@@ -37,12 +39,37 @@ class Site:
     out_features: int
 
 
+#: The parts that low-rank methods are made of, and what their dimensions run over.
+AXES = {"A": ("rank", "in"), "B": ("out", "rank"), "u": ("rank",), "v": ("out",)}
+
+
 class Factors(NamedTuple):
     """What a layer adds to its frozen weight: ``scale · B A`` with A (rank, in) and B (out, rank)."""
 
     A: Tensor
     B: Tensor
     scale: float
+
+
+class FrozenWeight:
+    """A layer's frozen W (out, in), or some rows of a fused one; copied out only when it is asked for.
+
+    Args:
+        tensor: the stored weight.
+        rows: indices of the rows that are this layer's; None means all.
+    """
+
+    def __init__(self, tensor: Tensor, rows: Tensor | None = None):
+        self.tensor, self.rows = tensor, rows
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        weight = self.tensor.detach()
+        return (weight if self.rows is None else weight[self.rows]).to(dtype)
+
+    @property
+    def version(self) -> int:
+        """Counts in-place changes."""
+        return self.tensor._version
 
 
 @dataclass(frozen=True)
@@ -67,19 +94,31 @@ class TensorSpec:
 
 
 class Variant(ABC):
-    """A source of factors. Subclasses state their equation in ``factors`` and what it needs in ``tensors``."""
+    """A source of factors. Subclasses state their equation in ``factors`` and what it needs in ``tensors``.
 
-    rank: int
-    scale: float
-    seed: int
+    Args:
+        config: the method's settings.
+        layers: number of transformer layers in the whole model.
+    """
+
+    def __init__(self, config: VariantConfig, layers: int):
+        self.config = config
+        self.layers = layers
+        self.rank = config.rank
+        self.seed = config.seed
+
+    @property
+    def scale(self) -> float:
+        """s of the equation."""
+        return (self.config.alpha or self.rank) / self.rank
 
     @abstractmethod
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """The tensors behind this layer's factors, by the name the equation calls them."""
 
     @abstractmethod
-    def factors(self, site: Site, tensors: Mapping[str, Tensor]) -> Factors:
-        """The equation: this layer's factors from its tensors. Differentiable."""
+    def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
+        """The equation: this layer's factors from its tensors and its frozen weight. Differentiable."""
 
     def check(self, site: Site) -> None:
         """Raise ``UsageError`` if the variant cannot adapt this layer."""
@@ -87,6 +126,16 @@ class Variant(ABC):
         if self.rank > smallest:
             shape = f"{site.target} of shape ({site.out_features}, {site.in_features})"
             raise UsageError("rank", self.rank, f"larger than the layer: {shape} allows 1 to {smallest}")
+
+
+def fold(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """``diag(u) A`` and ``diag(v) B``; a part that is not there is 1. Scales cost nothing in the small factors."""
+    A, B = tensors["A"], tensors["B"]
+    if "u" in tensors:
+        A = tensors["u"][:, None] * A
+    if "v" in tensors:
+        B = tensors["v"][:, None] * B
+    return A, B
 
 
 class Count(NamedTuple):

@@ -5,20 +5,23 @@ from typing import Any
 
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.variants.base import Variant
+from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
+from nemo_tiedlora.variants.config import VariantConfig
+from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import Tied, TiedConfig
 
-Config = TiedConfig
-
-#: Scheme name → its config class, the presets it starts from, and its variant.
-SCHEMES: dict[str, tuple[type[Config], dict[str, Any], type[Variant]]] = {
+#: Scheme name → its config class, the settings it starts from, and its variant.
+SCHEMES: dict[str, tuple[type[VariantConfig], dict[str, Any], type[Variant]]] = {
     "tied_lora": (TiedConfig, {}, Tied),
     "vera": (TiedConfig, {"preset": "VeRA"}, Tied),
+    "share_lora": (SharedConfig, {}, Shared),
+    "cond_lora": (ConditionalConfig, {}, Conditional),
 }
 
 _VARIANTS = {config: variant for config, _, variant in SCHEMES.values()}
 
 
-def config_for(scheme: str, settings: dict[str, Any]) -> Config:
+def config_for(scheme: str, settings: dict[str, Any]) -> VariantConfig:
     """A scheme's config from a plain mapping, e.g. a YAML section.
 
     Raises:
@@ -34,6 +37,6 @@ def config_for(scheme: str, settings: dict[str, Any]) -> Config:
     return config_class(**(defaults | settings))
 
 
-def build(config: Config) -> Variant:
-    """The source of factors that ``config`` describes."""
-    return _VARIANTS[type(config)](config)
+def build(config: VariantConfig, layers: int) -> Variant:
+    """The source of factors that ``config`` describes, for a model of ``layers`` layers."""
+    return _VARIANTS[type(config)](config, layers)

@@ -51,10 +51,10 @@ def test_every_command_runs_and_the_demo_learns(checkout):
 
 def test_the_table_of_presets_is_the_counted_one():
     sites = [Site("attention_qkv", layer, 4096, 12288) for layer in range(32)]
-    lora = count(build(TiedConfig(preset="LoRA")), sites).trainable
+    lora = count(build(TiedConfig(preset="LoRA"), 32), sites).trainable
     for preset in PRESETS:
         config = TiedConfig(preset=preset)
-        trainable = count(build(config), sites).trainable
+        trainable = count(build(config, 32), sites).trainable
         tied = ", ".join(config.tie) or "–"
         row = f"| {preset} | {', '.join(config.train)} | {tied} | {trainable:,} | {100 * trainable / lora:.1f} % |"
         assert row in README

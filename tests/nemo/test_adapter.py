@@ -100,7 +100,7 @@ def test_the_trained_parameters_are_the_counted_ones(finetuning):
     model, _ = finetuning(peft_scheme="tied_lora", tied_lora_tuning={"rank": 4})
     sites = [Site("attention_qkv", layer, 32, 64) for layer in range(4)]
     sizes = {name: p.numel() for name, p in model.named_parameters() if name in model.adapter_keys}
-    assert sum(sizes.values()) == count(build(TiedConfig(rank=4)), sites).trainable
+    assert sum(sizes.values()) == count(build(TiedConfig(rank=4), 4), sites).trainable
 
 
 def test_layer_selection_adapts_the_named_layers_only(finetuning):
@@ -191,3 +191,78 @@ def test_registering_twice_changes_nothing(host):
     register()
     assert (dict(PEFT_CONFIG_MAP), NLPAdapterModelMixin.__dict__["tie_weights"]) == before
     assert {"tied_lora", "vera", "lora", "none"} <= set(PEFT_CONFIG_MAP)
+
+
+SCHEMES = {
+    "tied_lora": {},
+    "share_lora": {"groups": [[0, 1], [2, 3]], "train": ["A", "B", "u", "v"]},
+    "cond_lora": {},
+}
+EVERY_MATRIX = ["attention_q", "attention_k", "attention_v", "attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]
+
+
+def numpy_rows(part, weight):
+    """Rows of one matrix in the toy Llama's fused ones: 4 heads of 8 in 2 query groups; gate before up."""
+    if part in ("attention_q", "attention_k", "attention_v"):
+        groups = [weight[start : start + 32] for start in (0, 32)]  # per group: 2 queries, 1 key, 1 value, of 8 rows
+        cut = {"attention_q": (0, 16), "attention_k": (16, 24), "attention_v": (24, 32)}[part]
+        return torch.cat([group[cut[0] : cut[1]] for group in groups])
+    return {"mlp_gate": weight[:64], "mlp_up": weight[64:]}.get(part, weight)
+
+
+@pytest.mark.parametrize("targets", [["all"], EVERY_MATRIX], ids=["fused", "single"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_target_adds_the_merged_weight(finetuning, scheme, targets):
+    """Each adapter's ΔW goes where its matrix is: checked by adding B A to those rows by hand."""
+    from nemo_tiedlora.nemo.targets import TARGETS, expand
+
+    torch.manual_seed(0)
+    settings = {"rank": 4, "target_modules": targets, **SCHEMES[scheme]}
+    model, _ = finetuning(peft_scheme=scheme, **{f"{scheme}_tuning": settings})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in model.adapter_keys:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted = logits(model)
+    deltas = []
+    for layer in model.model.decoder.layers:
+        for target in expand(targets):
+            linear = layer.get_submodule(TARGETS[target].path)
+            adapter = linear.adapter_layer[f"{scheme}_{target}"]
+            x = torch.eye(linear.weight.shape[1])
+            with torch.no_grad():
+                deltas.append((linear, target, adapter(torch.zeros(len(x), linear.weight.shape[0]), x).T))
+    for linear, target, delta in deltas:
+        inside = numpy_rows(target, delta)
+        assert torch.count_nonzero(delta) == torch.count_nonzero(inside) > 0
+        linear.weight.data += delta
+        linear.set_enabled_adapters(enabled=False)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_trains_on_every_target(finetuning, scheme):
+    settings = {"rank": 4, "target_modules": EVERY_MATRIX, **SCHEMES[scheme]}
+    model, trainer = finetuning(
+        peft_scheme=scheme, trainer={"max_steps": 24}, model={"micro_batch_size": 2}, **{f"{scheme}_tuning": settings}
+    )
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    losses = losses_of(model, trainer)
+    assert sum(losses[-8:]) < sum(losses[:8])
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name]) is (name not in model.adapter_keys), name
+
+
+def test_conditional_factors_on_a_single_matrix_use_its_rows_of_the_weight(finetuning):
+    settings = {"rank": 4, "target_modules": ["attention_v"]}
+    model, _ = finetuning(peft_scheme="cond_lora", cond_lora_tuning=settings)
+    first = model.model.decoder.layers[0].self_attention.linear_qkv
+    adapter = first.adapter_layer["cond_lora_attention_v"]
+    with torch.no_grad():
+        adapter.theta_B.normal_()
+    W = numpy_rows("attention_v", first.weight.detach())
+    expected = (W @ adapter.theta_B) @ (adapter.theta_A.T @ W)
+    x = torch.eye(32)
+    with torch.no_grad():
+        delta = adapter(torch.zeros(32, 64), x).T
+    torch.testing.assert_close(numpy_rows("attention_v", delta), expected, rtol=1e-4, atol=1e-4)

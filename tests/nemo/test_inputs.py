@@ -24,6 +24,7 @@ BASE = {
     "num_attention_heads": 4,
     "num_query_groups": 2,
     "kv_channels": None,
+    "activation": "gelu",
 }
 
 
@@ -67,7 +68,9 @@ def test_a_sound_job_passes(tmp_path):
     inputs.check(job(tmp_path), OmegaConf.create(BASE))
 
 
-@pytest.mark.parametrize("scheme", ["lora", "none", "adapter", "ia3", "ptuning", "vera", "tied_lora"])
+@pytest.mark.parametrize(
+    "scheme", ["lora", "none", "adapter", "ia3", "ptuning", "vera", "tied_lora", "share_lora", "cond_lora"]
+)
 def test_every_scheme_passes(tmp_path, scheme):
     inputs.check(job(tmp_path, f"model.peft.peft_scheme={scheme}"), OmegaConf.create(BASE))
 
@@ -82,6 +85,9 @@ def test_every_scheme_passes(tmp_path, scheme):
         ("model.peft.tied_lora_tuning.rank=33", "rank=33: larger than the layer"),
         ("model.peft.tied_lora_tuning.layer_selection=[5]", "layer_selection=5: the base has layers 1 to 4"),
         ("model.peft.tied_lora_tuning.target_modules=[attention_qkw]", "did you mean 'attention_qkv'"),
+        ("model.peft.tied_lora_tuning.target_modules=[attention_qkv,attention_q]", "inside a fused projection"),
+        ("model.peft.tied_lora_tuning.target_modules=[]", "name at least one"),
+        ("model.peft.tied_lora_tuning.target_modules=[mlp_gate]", "has no gate"),
         ("+model.peft.tied_lora_tuning.ranks=8", "ranks=8: unknown setting; did you mean 'rank'"),
         (
             "model.data.train_ds.file_names=[missing.jsonl]",

@@ -64,7 +64,7 @@ def test_folds_every_scale_into_the_small_factors():
 
     tokens, fan_in, fan_out = 512, 32, 48
     site = Site("t", 0, fan_in, fan_out)
-    bank = Bank(build(TiedConfig(preset="TL6", rank=4, alpha=6)))
+    bank = Bank(build(TiedConfig(preset="TL6", rank=4, alpha=6), 1))
     bank.adopt(torch.nn.Module(), site)
     x, y = torch.randn(tokens, fan_in), torch.randn(tokens, fan_out)
     large = []
@@ -82,7 +82,7 @@ def test_folds_every_scale_into_the_small_factors():
             return result
 
     with Record():
-        apply(y, x, *bank.factors(site))
+        apply(y, x, *bank.factors(site, None))
     assert large == ["aten.mm.default", "aten.addmm_.default"]
 
 
@@ -90,6 +90,15 @@ def test_writes_into_the_base_output():
     x, W, A, B = tensors((5, 3))
     y = x @ W.T
     assert apply(y, x, A, B, 1.0).data_ptr() == y.data_ptr()
+
+
+def test_leaves_a_view_alone():
+    x, W, A, B = tensors((5, 3))
+    whole = x @ W.T
+    view, before = whole[:], whole.clone()
+    y = apply(view, x, A, B, 1.0)
+    assert torch.equal(whole, before)
+    torch.testing.assert_close(y, before + (x @ A.T) @ B.T)
 
 
 def test_computes_in_the_output_dtype():

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from stack import Layers
 from torch import nn
 
 from nemo_tiedlora import variants
@@ -28,7 +29,7 @@ TIES = [[], ["A"], ["B"], ["A", "B"]]
 
 
 def trainable(sites, **settings):
-    return count(build(TiedConfig(**settings)), sites).trainable
+    return count(build(TiedConfig(**settings), 32), sites).trainable
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -49,22 +50,6 @@ def test_gpt_2b_shares_are_the_published_ones(preset, rank, percent):
 def test_tl5_has_the_same_share_at_every_rank(rank):
     share = trainable(GPT_2B, preset="TL5", rank=rank) / trainable(GPT_2B, preset="LoRA", rank=rank)
     assert round(100 * share, 1) == 4.2
-
-
-class Layers(nn.Module):
-    """A stack of rectangular projections, each back to the input's width by a fixed slice."""
-
-    def __init__(self, layers=3, width=6, out=10, dtype=torch.float64, device=None):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"qkv": nn.Linear(width, out, dtype=dtype, device=device)}) for _ in range(layers)
-        )
-        self.width = width
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer["qkv"](x)[..., : self.width])
-        return x
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -166,7 +151,7 @@ def test_a_frozen_factor_is_drawn_again_whatever_the_order_and_dtype():
     site = Site("attention_qkv", 3, 6, 10)
     banks = []
     for sites in ([Site("mlp_fc1", 0, 6, 4), site], [site]):
-        bank = Bank(build(TiedConfig(preset="VeRA", rank=2)))
+        bank = Bank(build(TiedConfig(preset="VeRA", rank=2), 32))
         for each in sites:
             bank.adopt(nn.Module(), each, dtype=torch.float64)
         banks.append(bank)
@@ -176,7 +161,7 @@ def test_a_frozen_factor_is_drawn_again_whatever_the_order_and_dtype():
 
 
 def test_a_frozen_factor_that_is_not_the_trained_one_is_refused():
-    bank = Bank(build(TiedConfig(preset="VeRA", rank=2)), checksums={"q.A": "0" * 64})
+    bank = Bank(build(TiedConfig(preset="VeRA", rank=2), 32), checksums={"q.A": "0" * 64})
     with pytest.raises(UsageError, match="not the one this adapter was trained against"):
         bank.adopt(nn.Module(), Site("q", 0, 6, 10))
 
@@ -200,14 +185,14 @@ def test_initialisers_have_their_standard_deviation(kind, matrix):
         "xavier": (2 / sum(shape)) ** 0.5,
     }[kind]
     config = TiedConfig(preset="VeRA", rank=50, **{f"init_{matrix}": kind})
-    bank = Bank(build(config))
+    bank = Bank(build(config, 32))
     site = Site("t", 0, 400, 600)
     bank.adopt(nn.Module(), site)
     assert bank.tensors(site)[matrix].std().item() == pytest.approx(expected, rel=0.05)
 
 
 def test_an_explicit_standard_deviation_wins():
-    bank = Bank(build(TiedConfig(preset="VeRA", rank=8, std_A=0.5)))
+    bank = Bank(build(TiedConfig(preset="VeRA", rank=8, std_A=0.5), 32))
     site = Site("t", 0, 4000, 16)
     bank.adopt(nn.Module(), site)
     assert bank.tensors(site)["A"].std().item() == pytest.approx(0.5, rel=0.03)
@@ -239,13 +224,13 @@ def test_dropout_acts_in_training_only():
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"init_scheme": "papers"}, "did you mean 'paper'?"),
         ({"init_A": "orthogonal"}, "init_A='orthogonal'"),
-        ({"std_A": 0.0}, "std=0.0"),
+        ({"std_A": 0.0}, "std_A=0.0"),
         ({"ranc": 8}, "ranc=8: unknown setting; did you mean 'rank'?"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(UsageError) as error:
-        build(variants.config_for("tied_lora", settings))
+        variants.config_for("tied_lora", settings)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

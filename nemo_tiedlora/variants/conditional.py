@@ -1,0 +1,93 @@
+"""CondLoRA: the factors are a linear function of the frozen weight, the same function for all layers.
+
+    A_l = θ_Aᵀ W_l        θ_A: (out, rank)                                                           (equation 5)
+    B_l = W_l θ_B         θ_B: (in, rank)                                                            (equation 6)
+
+The paper assumes square weights; this is its equations in torch layout, W (out, in), and the only orientation that
+also fits rectangular ones.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_tiedlora.variants import groups as grouping
+from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
+from nemo_tiedlora.variants.config import VariantConfig
+from nemo_tiedlora.variants.init import Init
+
+
+@dataclass(kw_only=True)
+class ConditionalConfig(VariantConfig):
+    """Settings of CondLoRA, beside those of every method.
+
+    ``init_A`` and ``std_A`` are those of θ_A; θ_B starts at 0.
+
+    Args:
+        groups: lists of 0-based layers that have one θ each, beside the one of all other layers; null: one for all.
+    """
+
+    init_A: str = "kaiming_uniform"
+    groups: list[list[int]] | None = None
+
+
+class _FormedA(torch.autograd.Function):
+    """A = θ_Aᵀ W, formed before: forward hands it out, backward goes on to θ_A. It keeps no copy of W."""
+
+    @staticmethod
+    def forward(ctx, theta, weight, A):
+        ctx.weight, ctx.dtype = weight, theta.dtype
+        return A.view_as(A)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.weight(ctx.dtype) @ grad.T, None, None
+
+
+class _FormedB(torch.autograd.Function):
+    """B = W θ_B, likewise."""
+
+    @staticmethod
+    def forward(ctx, theta, weight, B):
+        ctx.weight, ctx.dtype = weight, theta.dtype
+        return B.view_as(B)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.weight(ctx.dtype).T @ grad, None, None
+
+
+class Conditional(Variant):
+    """CondLoRA as a source of factors.
+
+    Forming a pair costs as much as 2·rank extra tokens in the layer, so it is done once per optimizer step: all
+    micro-batches and generation steps until θ changes use the same pair.
+    """
+
+    def __init__(self, config: ConditionalConfig, layers: int):
+        super().__init__(config, layers)
+        groups = grouping.check(config.groups or [], layers)
+        self.group = {layer: f"group{group[0]}." for group in groups for layer in group}
+        self._formed: dict[Site, tuple[tuple, Tensor, Tensor]] = {}
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        prefix = f"{site.target}.{self.group.get(site.layer, '')}"
+        theta_A = Init(self.config.init_A, self.config.std_A)
+        return {
+            "theta_A": TensorSpec(f"{prefix}theta_A", ("out", "rank"), theta_A, True),
+            "theta_B": TensorSpec(f"{prefix}theta_B", ("in", "rank"), Init("zeros"), True),
+        }
+
+    def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
+        theta_A, theta_B = tensors["theta_A"], tensors["theta_B"]
+        # In-place changes (optimizers, loading) count up a tensor's version; a moved tensor is another object.
+        state = (id(theta_A), theta_A._version, id(theta_B), theta_B._version, weight.version)
+        known, A, B = self._formed.get(site, (None, None, None))
+        if known != state:
+            with torch.no_grad():
+                W = weight(theta_A.dtype)
+                A, B = theta_A.T @ W, W @ theta_B
+            self._formed[site] = state, A, B
+        return Factors(_FormedA.apply(theta_A, weight, A), _FormedB.apply(theta_B, weight, B), self.scale)

@@ -1,0 +1,61 @@
+"""Settings that every method has."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.variants.init import STD
+
+
+@dataclass(kw_only=True)
+class VariantConfig:
+    """What a user can set for any method, under ``model.peft.<scheme>_tuning``.
+
+    Args:
+        target_modules: kinds of linear layer to adapt.
+        rank: r.
+        alpha: s = alpha / rank; null means alpha = rank, so s = 1.
+        dropout: probability of dropping an input of the adapter during training.
+        init_A, init_B: initialiser of each matrix: normal, kaiming_uniform, kaiming_normal or xavier.
+        std_A, std_B: explicit standard deviation; null derives it from the shape.
+        seed: what the start values are drawn from; frozen ones are drawn from it again, so it is part of the adapter.
+        layer_selection: 1-based numbers of the layers to adapt; null means all.
+        checksums: SHA-256 of each frozen random tensor. Recorded by training, checked when the adapter is restored.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    target_modules: list[str] = field(default_factory=lambda: ["attention_qkv"])
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    init_A: str = "normal"
+    init_B: str = "normal"
+    std_A: float | None = None
+    std_B: float | None = None
+    seed: int = 1234
+    layer_selection: list[int] | None = None
+    checksums: dict[str, str] | None = None
+
+    def __post_init__(self):
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank <= 0:
+            raise UsageError("rank", self.rank, "must be a whole number > 0")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UsageError("alpha", self.alpha, "must be > 0, or null for alpha = rank")
+        if not 0 <= self.dropout < 1:
+            raise UsageError("dropout", self.dropout, "must be at least 0 and less than 1")
+        for matrix in ("A", "B"):
+            check_choice(f"init_{matrix}", getattr(self, f"init_{matrix}"), STD)
+            std = getattr(self, f"std_{matrix}")
+            if std is not None and not std > 0:
+                raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
+
+
+def parts(name: str, given: Iterable[str], valid: tuple[str, ...]) -> list[str]:
+    """The named parts in canonical order, each once; ``AB`` and ``[A, B]`` mean the same."""
+    given = list(given)
+    for part in given:
+        if part not in valid:
+            raise UsageError(name, part, closest(part, valid))
+    return [part for part in valid if part in given]

@@ -1,0 +1,93 @@
+"""ShareLoRA: layers whose representations are similar share one pair of factors.
+
+    A_l = diag(u_l) A_g(l)          B_l = diag(v_l) B_g(l)          g(l): the group of layer l       (equation 5)
+
+u and v are not in the paper; they are trained per layer if asked for. A layer outside all groups has its own pair.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants import groups as grouping
+from nemo_tiedlora.variants.base import AXES, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
+from nemo_tiedlora.variants.config import VariantConfig, parts
+from nemo_tiedlora.variants.init import Init
+
+PARTS = ("A", "B", "u", "v")
+
+
+@dataclass(kw_only=True)
+class SharedConfig(VariantConfig):
+    """Settings of ShareLoRA, beside those of every method.
+
+    Args:
+        groups: lists of 0-based layers that share, e.g. ``[[16, 17], [18, 19]]``; or the JSON file that
+            ``tiedlora groups`` wrote; or ``odd_even``; or ``random_adjacent`` (drawn from ``seed``).
+        shared_layers: for ``random_adjacent``, how many layers follow the one before them; null means a third.
+        rank_expansion: ``none``; ``budget``, the largest rank that costs no more than unshared LoRA of ``rank``; or
+            the rank to use, as a number.
+        train: parts to train: A and B, and optionally per-layer u and v.
+    """
+
+    groups: list | str = "odd_even"
+    shared_layers: int | None = None
+    rank_expansion: str | int = "none"
+    train: list[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.train = parts("train", "AB" if self.train is None else self.train, PARTS)
+        if not {"A", "B"} <= set(self.train):
+            raise UsageError("train", self.train, "ShareLoRA trains A and B, and optionally u and v")
+        expansion = self.rank_expansion
+        whole = isinstance(expansion, int) and not isinstance(expansion, bool)
+        if expansion not in ("none", "budget") and not (whole and expansion > 0):
+            raise UsageError("rank_expansion", expansion, "write none, budget or a whole number > 0")
+        if expansion == "budget" and "u" in self.train:
+            raise UsageError("rank_expansion", expansion, "u grows with the rank, so it cannot keep to the budget")
+
+
+class Shared(Variant):
+    """ShareLoRA as a source of factors."""
+
+    def __init__(self, config: SharedConfig, layers: int):
+        super().__init__(config, layers)
+        self.groups = self._groups()
+        self.leader = {layer: group[0] for group in self.groups for layer in group}
+        if config.rank_expansion == "budget":
+            self.rank = grouping.expanded_rank(config.rank, self.groups, layers)
+        elif config.rank_expansion != "none":
+            self.rank = config.rank_expansion
+
+    def _groups(self) -> grouping.Groups:
+        config, layers = self.config, self.layers
+        if config.groups == "odd_even":
+            return grouping.odd_even(layers)
+        if config.groups == "random_adjacent":
+            shared = config.shared_layers if config.shared_layers is not None else layers // 3
+            if not 0 < shared < layers:
+                raise UsageError("shared_layers", shared, f"must be 1 to {layers - 1}")
+            return grouping.random_adjacent(layers, shared, self.seed)
+        named = grouping.read(config.groups) if isinstance(config.groups, str) else config.groups
+        return grouping.check(named, layers)
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        config = self.config
+        zero_B = "v" not in config.train  # ΔW = 0 at the start: by v = 0 where v is trained, else by B = 0
+        inits = {
+            "A": Init(config.init_A, config.std_A),
+            "B": Init("zeros") if zero_B else Init(config.init_B, config.std_B),
+            "u": Init("ones"),
+            "v": Init("zeros"),
+        }
+        owner = {"A": self.leader.get(site.layer, site.layer), "B": self.leader.get(site.layer, site.layer)}
+        return {
+            part: TensorSpec(f"{site.target}.{owner.get(part, site.layer)}.{part}", AXES[part], inits[part], True)
+            for part in config.train
+        }
+
+    def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
+        return Factors(*fold(tensors), self.scale)

@@ -1,0 +1,36 @@
+"""A small plain torch model for tests of the variants."""
+
+import torch
+from torch import nn
+
+
+class Layers(nn.Module):
+    """A stack of rectangular projections, each back to the input's width by a fixed slice."""
+
+    def __init__(self, layers=3, width=6, out=10, dtype=torch.float64, device=None):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(width, out, dtype=dtype, device=device)}) for _ in range(layers)
+        )
+        self.width = width
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer["qkv"](x)[..., : self.width])
+        return x
+
+
+def train(model, steps=60, lr=1e-2):
+    """A few AdamW steps on a fixed regression; returns the losses."""
+    torch.manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    x, target = torch.randn(16, 6, dtype=dtype), torch.rand(16, 6, dtype=dtype)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
+    losses = []
+    for _ in range(steps):
+        loss = (model(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -1,0 +1,104 @@
+"""CondLoRA: the published count, the equations, and that factors are formed once per step."""
+
+import pytest
+import torch
+from stack import Layers, train
+
+from nemo_tiedlora import variants
+from nemo_tiedlora.variants import ConditionalConfig, Site, build, count
+
+
+def test_roberta_base_query_and_value_have_the_published_count():
+    sites = [Site(target, layer, 768, 768) for target in ("attention_q", "attention_v") for layer in range(12)]
+    assert count(build(ConditionalConfig(rank=8), 12), sites).trainable == 24_576
+
+
+def randomised(groups=None, layers=3):
+    torch.manual_seed(0)
+    model = Layers(layers)
+    bank = variants.attach(model, ConditionalConfig(rank=2, alpha=3.0, groups=groups), ["qkv"])
+    with torch.no_grad():
+        for tensor in bank.named_tensors().values():
+            tensor += torch.randn_like(tensor)
+    return model, bank.named_tensors()
+
+
+def reference(model, named, x, groups):
+    """x W_lᵀ + s (x (θ_Aᵀ W_l)ᵀ) (W_l θ_B)ᵀ, formed anew with plain autograd."""
+    for number, layer in enumerate(model.layers):
+        prefix = next((f"qkv.group{group[0]}." for group in groups if number in group), "qkv.")
+        W, bias = layer["qkv"].base.weight.detach(), layer["qkv"].base.bias
+        A, B = named[f"{prefix}theta_A"].T @ W, W @ named[f"{prefix}theta_B"]
+        x = torch.tanh((x @ W.T + bias + 1.5 * (x @ A.T) @ B.T)[..., :6])
+    return x
+
+
+@pytest.mark.parametrize("groups", [[], [[0, 2]]])
+def test_forward_gradients_and_merge_follow_the_equations(groups):
+    model, named = randomised(groups)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    y = model(x)
+    y.square().sum().backward()
+    ours = {key: tensor.grad.clone() for key, tensor in named.items()}
+    model.zero_grad()
+    expected = reference(model, named, x, groups)
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, named[key].grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(variants.merge(model)(x), y, rtol=1e-10, atol=1e-10)
+
+
+def test_micro_batches_reuse_the_factors_and_their_gradients_add_up():
+    model, named = randomised()
+    batches = torch.randn(3, 4, 6, dtype=torch.float64)
+    formed = count_products(lambda: [model(batch).square().sum().backward() for batch in batches])
+    once = count_products(lambda: model(batches[0]))
+    assert formed > 0 and once == 0
+    ours = {key: tensor.grad.clone() for key, tensor in named.items()}
+    model.zero_grad()
+    sum(reference(model, named, batch, []).square().sum() for batch in batches).backward()
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, named[key].grad, rtol=1e-10, atol=1e-10)
+
+
+def count_products(call):
+    """Forward products with a whole weight on the left or right and a θ on the other side."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in str(function) and not torch.is_grad_enabled():
+                shapes = {tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)}
+                if shapes & {(2, 10), (6, 2)} and shapes & {(10, 6)}:
+                    found.append(shapes)
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        call()
+    return len(found)
+
+
+def test_an_optimizer_step_forms_them_anew():
+    model, named = randomised()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    before = model(x)
+    with torch.no_grad():
+        named["qkv.theta_A"].add_(0.1)
+    after = model(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, reference(model, named, x, []), rtol=1e-10, atol=1e-10)
+
+
+def test_it_starts_from_the_base_and_learns():
+    model = Layers()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    before = model(x)
+    frozen = [layer["qkv"].weight.clone() for layer in model.layers]
+    variants.attach(model, ConditionalConfig(rank=2), ["qkv"])
+    assert torch.equal(model(x), before)
+    losses = train(model, steps=120, lr=3e-2)
+    assert losses[-1] < 0.95 * losses[0]
+    assert all(torch.equal(layer["qkv"].base.weight, W) for layer, W in zip(model.layers, frozen, strict=True))
