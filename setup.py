@@ -12,6 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
+    entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
     install_requires=[
         "torch>=2.6",
         "nemo_toolkit>=2.4.1,<2.5",
@@ -20,6 +21,7 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "datasets<4",
+        "matplotlib",
         "numpy<2",
         "rich",
         "safetensors",

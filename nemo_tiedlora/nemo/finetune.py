@@ -16,9 +16,9 @@ from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, scheme_of
 from nemo_tiedlora.nemo.quiet import quiet
-from nemo_tiedlora.nemo.targets import expand, shape
+from nemo_tiedlora.nemo.sizes import lora_size
 from nemo_tiedlora.platform.threads import use_one_thread
-from nemo_tiedlora.variants import SCHEMES, Site, TiedConfig, build, config_for, count
+from nemo_tiedlora.variants import SCHEMES, TiedConfig, config_for
 
 #: The data sections of the config.
 SECTIONS = ("train_ds", "validation_ds", "test_ds")
@@ -195,20 +195,12 @@ def generate_samples(model) -> list[dict[str, str]]:
 
 
 def _lora_size(cfg: DictConfig, scheme: str, base: DictConfig) -> int:
-    """Trainable parameters of plain LoRA with the same rank, targets and layers."""
+    """Trainable parameters of plain LoRA of the scheme's rank, or for NeMo's schemes of ``lora_tuning``'s."""
     if scheme in SCHEMES:
         config = config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
-        lora = TiedConfig(
-            preset="LoRA",
-            rank=config.rank,
-            target_modules=config.target_modules,
-            layer_selection=config.layer_selection,
-        )
     else:
-        lora = TiedConfig(preset="LoRA", rank=cfg.model.peft.lora_tuning.adapter_dim)
-    layers = lora.layer_selection or range(1, base.num_layers + 1)
-    sites = [Site(target, layer, *shape(target, base)) for target in expand(lora.target_modules) for layer in layers]
-    return count(build(lora, base.num_layers), sites).trainable
+        config = TiedConfig(preset="LoRA", rank=cfg.model.peft.lora_tuning.adapter_dim)
+    return lora_size(config, base)
 
 
 def _score(metric: str, value: float) -> str:

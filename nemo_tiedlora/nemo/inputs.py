@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
-from nemo_tiedlora.nemo.targets import expand, shape
-from nemo_tiedlora.variants import SCHEMES, Site, build, config_for
+from nemo_tiedlora.nemo.sizes import check_fit
+from nemo_tiedlora.variants import SCHEMES, config_for
 
 #: NeMo's own schemes that the job runs as they are; the key of their settings under model.peft.
 STOCK_SCHEMES = {
@@ -68,13 +68,10 @@ def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> 
     """Check one of our schemes' settings against the base's layers."""
     try:
         config = config_for(scheme, OmegaConf.to_container(section) if section else {})
-        targets = expand(config.target_modules)
-        variant = build(config, base.num_layers)
         for layer in config.layer_selection or ():
             if not 1 <= layer <= base.num_layers:
                 raise UsageError("layer_selection", layer, f"the base has layers 1 to {base.num_layers}")
-        for target in targets:
-            variant.check(Site(target, 0, *shape(target, base)))
+        check_fit(config, base)
     except UsageError as error:
         raise error.under(f"model.peft.{scheme}_tuning") from None
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.errors import UsageError
 
 Groups = list[list[int]]
 RULES = ("odd_even", "random_adjacent")
@@ -100,20 +100,6 @@ def sources(groups: Groups, layers: int) -> int:
 def expanded_rank(rank: int, groups: Groups, layers: int) -> int:
     """The largest rank whose shared factors have no more parameters than unshared ones of ``rank`` (section 3.3)."""
     return math.floor(layers / sources(groups, layers) * rank)
-
-
-def angular(cosine: float) -> float:
-    """1 − d with the angular distance d = arccos(cos) / π.
-
-    The paper compares d itself with its threshold, but its text, figure 1 and thresholds fit the similarity only.
-    """
-    return 1 - math.acos(max(-1.0, min(1.0, cosine))) / math.pi
-
-
-def similarity_of(kind: str, cosine: float) -> float:
-    """A pair's similarity from its cosine: ``angular`` or ``cosine``."""
-    check_choice("similarity", kind, ("angular", "cosine"))
-    return angular(cosine) if kind == "angular" else cosine
 
 
 def _eligible(similarity: Sequence[Sequence[float]], threshold: float) -> list[tuple[int, int]]:

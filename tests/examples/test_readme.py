@@ -34,7 +34,6 @@ def checkout(tmp_path):
 @pytest.mark.slow
 def test_every_command_runs_and_the_demo_learns(checkout):
     environment = toy.FRESH | {"PATH": f"{ROOT / '.venv' / 'bin'}:{toy.FRESH['PATH']}"}
-    done = None
     for command in commands():
         done = subprocess.run(
             ["bash", "-euc", command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=1200
@@ -46,7 +45,8 @@ def test_every_command_runs_and_the_demo_learns(checkout):
             assert Path(summary["adapter"]).is_file()
             keys = {"scheme", "trainable", "percent_of_lora", "seconds", "tokens_per_second"}
             assert keys <= set(summary)
-    assert done.stdout.startswith("The capital of Italy?")
+        if "generate" in command:
+            assert done.stdout.startswith("The capital of Italy?")
 
 
 def test_the_table_of_presets_is_the_counted_one():

@@ -1,7 +1,6 @@
 """Grouping of layers: the published groups, the constraint, and every rule."""
 
 import json
-import math
 import random
 
 import pytest
@@ -76,13 +75,6 @@ def test_random_adjacent_shares_the_asked_number_of_neighbours(shared):
 def test_the_budget_of_the_published_groups_allows_rank_11():
     assert groups.sources(PUBLISHED, 32) == 22
     assert groups.expanded_rank(8, PUBLISHED, 32) == 11
-
-
-@pytest.mark.parametrize(
-    ("cosine", "similarity"), [(1.0, 1.0), (0.0, 0.5), (-1.0, 0.0), (math.cos(0.15 * math.pi), 0.85)]
-)
-def test_angular_similarity(cosine, similarity):
-    assert groups.angular(cosine) == pytest.approx(similarity)
 
 
 @pytest.mark.parametrize(

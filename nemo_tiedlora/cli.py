@@ -1,0 +1,200 @@
+"""The ``tiedlora`` command. Each subcommand reads its options and calls the room that does the work."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_tiedlora.errors import UsageError
+
+app = typer.Typer(
+    name="tiedlora",
+    help="Adapters with tied, shared and conditional factors: how large they are, and what is in a saved one.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point: a mistake in the input ends in one line and exit code 2."""
+    try:
+        app()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def params(
+    scheme: Annotated[str, typer.Option(help="tied_lora, vera, share_lora or cond_lora.")] = "tied_lora",
+    rank: Annotated[int, typer.Option(help="r.")] = 8,
+    preset: Annotated[str | None, typer.Option(help="tied_lora: TL1 to TL6, VeRA or LoRA.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="share_lora: lists as JSON, a file, odd_even or random_adjacent.")
+    ] = None,
+    rank_expansion: Annotated[str | None, typer.Option(help="share_lora: none, budget or a rank.")] = None,
+    targets: Annotated[str, typer.Option(help="Target modules, separated by commas.")] = "attention_qkv",
+    base: Annotated[Path | None, typer.Option(help="Take the shape from this .nemo.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
+    heads: Annotated[int, typer.Option(help="Attention heads; matters with query groups only.")] = 1,
+    query_groups: Annotated[int | None, typer.Option(help="Query groups (GQA).")] = None,
+    ffn: Annotated[int | None, typer.Option(help="Feed-forward size; by default 4 · hidden.")] = None,
+    gated: Annotated[bool, typer.Option(help="fc1 is a fused gate and up projection.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Trainable, stored and total parameters of an adapter, without building a model."""
+    from dataclasses import asdict
+
+    from omegaconf import OmegaConf
+
+    from nemo_tiedlora.nemo.inputs import nemo_config
+    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.variants import config_for
+
+    if base:
+        model = nemo_config(base, "base")
+    else:
+        for name, value in (("layers", layers), ("hidden", hidden), ("heads", heads)):
+            if value is None or value < 1:
+                raise UsageError(name, value, "must be at least 1; or take the shape from --base FILE.nemo")
+        model = OmegaConf.create(
+            {
+                "num_layers": layers,
+                "hidden_size": hidden,
+                "ffn_hidden_size": ffn or 4 * hidden,
+                "num_attention_heads": heads,
+                "num_query_groups": query_groups,
+                "activation": "fast-swiglu" if gated else "gelu",
+            }
+        )
+    settings = {"rank": rank, "target_modules": targets.split(",")}
+    if preset is not None:
+        settings["preset"] = preset
+    if groups is not None:
+        settings["groups"] = json.loads(groups) if groups.startswith("[") else groups
+    if rank_expansion is not None:
+        settings["rank_expansion"] = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
+    _show(asdict(sizes(config_for(scheme, settings), model)), as_json)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="A saved adapter (.nemo).")],
+    as_json: AsJson = False,
+) -> None:
+    """Describe a saved adapter: method, targets, rank, counts, seed, and the base it was trained on."""
+    from dataclasses import asdict
+
+    from omegaconf import OmegaConf
+
+    from nemo_tiedlora.nemo.inputs import SHAPE_FIELDS, STOCK_SCHEMES, nemo_config
+    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.variants import SCHEMES, config_for
+
+    saved = nemo_config(adapter, "adapter")
+    scheme = (saved.get("peft") or {}).get("peft_scheme")
+    if scheme in (None, "none"):
+        raise UsageError("adapter", str(adapter), "a whole model, not an adapter")
+    section = saved.peft.get(f"{scheme}_tuning" if scheme in SCHEMES else STOCK_SCHEMES.get(scheme, ""))
+    settings = OmegaConf.to_container(section) if section else {}
+    facts = {"scheme": scheme, **settings}
+    if scheme in SCHEMES:
+        facts |= asdict(sizes(config_for(scheme, settings), saved))
+    facts["file_bytes"] = adapter.stat().st_size
+    facts["base"] = {"file": saved.get("restore_from_path"), **{name: saved.get(name) for name in SHAPE_FIELDS}}
+    _show(facts, as_json)
+
+
+@app.command()
+def groups(
+    base: Annotated[Path, typer.Option(help="Base model (.nemo).")],
+    data: Annotated[Path, typer.Option(help="Calibration text: JSONL or plain text, one sample per line.")],
+    samples: Annotated[int, typer.Option(help="Texts to use.", min=1)] = 256,
+    field: Annotated[str, typer.Option(help="Field of the JSONL rows.")] = "text",
+    length: Annotated[int, typer.Option(help="Tokens of a text to use.", min=1)] = 512,
+    threshold: Annotated[float, typer.Option(help="Least similarity of layers that share.")] = 0.85,
+    similarity: Annotated[str, typer.Option(help="angular or cosine.")] = "angular",
+    grouping: Annotated[
+        str, typer.Option(help="complete (every pair is similar enough) or greedy (Algorithm 1 of the paper).")
+    ] = "complete",
+    rank: Annotated[int, typer.Option(help="Rank to report savings for.", min=1)] = 8,
+    rank_expansion: Annotated[str, typer.Option(help="none, budget or a rank.")] = "none",
+    targets: Annotated[str, typer.Option(help="Target modules, separated by commas.")] = "attention_qkv",
+    out: Annotated[Path, typer.Option(help="JSON file to write; the heat map goes beside it.")] = Path("groups.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Find layers of a base that can share factors (ShareLoRA), from its outputs over a calibration text."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from nemo_tiedlora.errors import check_choice
+    from nemo_tiedlora.files import write_text
+    from nemo_tiedlora.nemo import calibrate
+    from nemo_tiedlora.nemo.inputs import nemo_config
+    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.platform.threads import wait_passively
+    from nemo_tiedlora.variants import SharedConfig
+    from nemo_tiedlora.variants.groups import GROUPINGS
+
+    wait_passively()
+    check_choice("similarity", similarity, ("angular", "cosine"))
+    check_choice("grouping", grouping, GROUPINGS)
+    model_config = nemo_config(base, "base")
+    texts = calibrate.read_texts(data, samples, field)
+    expansion = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
+    settings = {"rank": rank, "target_modules": targets.split(","), "rank_expansion": expansion}
+    sizes(SharedConfig(groups=[], **settings), model_config)  # refuses bad settings before the base is loaded
+
+    from nemo_tiedlora.nemo.generate import generator
+
+    with generator(base) as loaded:
+        outputs = calibrate.layer_outputs(loaded.model, texts, length)
+        console = Console(stderr=True)
+        shown = track(outputs, "calibrating", total=len(texts), console=console, disable=not console.is_terminal)
+        matrix = calibrate.similarity_matrix(shown, similarity)
+    found = GROUPINGS[grouping](matrix, threshold)
+    counted = sizes(SharedConfig(groups=found, **settings), model_config)
+    result = {
+        "groups": found,
+        "trainable": counted.trainable,
+        "percent_of_lora": counted.percent_of_lora,
+        "rank": counted.rank,
+        "settings": {
+            "threshold": threshold,
+            "similarity": similarity,
+            "grouping": grouping,
+            "data": str(data),
+            "samples": len(texts),
+            "length": length,
+        },
+        "base_sha256": calibrate.checksum_of(base),
+        "similarity": matrix,
+    }
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    picture = out.with_suffix(".png")
+    calibrate.draw(matrix, found, picture)
+    shown_facts = {name: result[name] for name in ("groups", "trainable", "percent_of_lora", "rank")}
+    _show(shown_facts | {"file": str(out), "heat_map": str(picture)}, as_json)
+
+
+def _show(facts: dict, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+if __name__ == "__main__":
+    main()

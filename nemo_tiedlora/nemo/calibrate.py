@@ -1,0 +1,120 @@
+"""Which layers of a base are similar: its outputs over a calibration text (ShareLoRA, section 3.1)."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.files import replacing
+
+
+def read_texts(path: str | Path, samples: int, field: str = "text") -> list[str]:
+    """The first ``samples`` texts of a JSONL file (its ``field``) or of a plain text file (one per non-empty line).
+
+    Raises:
+        UsageError: no such file, nothing in it, or a row without the field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError("data", str(path), "no such file")
+    texts: list[str] = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if len(texts) == samples:
+                break
+            if path.suffix in (".jsonl", ".json"):
+                try:
+                    row = json.loads(line)
+                    line = row[field]
+                except ValueError as error:
+                    raise UsageError("data", str(path), f"line {number} is not JSON ({error})") from None
+                except (KeyError, TypeError):
+                    way_out = closest(field, row) if isinstance(row, dict) else "not a JSON object"
+                    raise UsageError("field", field, f"line {number} of {path} does not have it; {way_out}") from None
+            if line.strip():
+                texts.append(line.strip())
+    if not texts:
+        raise UsageError("data", str(path), "there is no text in it")
+    return texts
+
+
+def layer_outputs(model, texts: Sequence[str], length: int) -> Iterator:
+    """For each text, every layer's output at the last token: a (layers, hidden) float32 tensor.
+
+    Args:
+        model: a NeMo GPT on one rank.
+        texts: what to run it on.
+        length: tokens of a text that are used, at most.
+    """
+    import torch
+
+    outputs = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output[0][-1, 0].detach().float().cpu()))
+        for layer in model.model.decoder.layers
+    ]
+    device = next(model.parameters()).device
+    try:
+        for text in texts:
+            ids = model.tokenizer.text_to_ids(text)[:length]
+            if not ids:
+                continue
+            tokens = torch.tensor([ids], device=device)
+            outputs.clear()
+            with torch.no_grad():
+                model.model(tokens, torch.arange(len(ids), device=device)[None], None)
+            yield torch.stack(outputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def similarity_matrix(outputs: Iterator, kind: str) -> list[list[float]]:
+    """Layer × layer similarity, averaged over texts.
+
+    Args:
+        outputs: (layers, hidden) per text.
+        kind: ``cosine``, or ``angular``: 1 − d with the angular distance d = arccos(cos) / π. The paper compares d
+            itself with its threshold, but its text, figure 1 and thresholds fit the similarity only.
+    """
+    import torch
+
+    total, texts = None, 0
+    for output in outputs:
+        unit = torch.nn.functional.normalize(output.double(), dim=1)
+        cosines = (unit @ unit.T).clamp(-1, 1)
+        values = cosines if kind == "cosine" else 1 - torch.arccos(cosines) / torch.pi
+        total = values if total is None else total + values
+        texts += 1
+    return (total / texts).tolist()
+
+
+def checksum_of(path: str | Path) -> str:
+    """SHA-256 of a file (hexadecimal)."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def draw(similarity: list[list[float]], groups: list[list[int]], path: Path) -> None:
+    """A heat map of the similarities as PNG, with the groups framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
+    image = axes.imshow(similarity, cmap="viridis", origin="lower")
+    figure.colorbar(image, label="similarity")
+    for group in groups:
+        for first in group:
+            for second in group:
+                axes.add_patch(Rectangle((first - 0.5, second - 0.5), 1, 1, fill=False, edgecolor="white", lw=0.8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="layer", ylabel="layer", title="Similarity of layer outputs; groups framed")
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,69 @@
+"""How large an adapter is, from shapes alone."""
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from nemo_tiedlora.nemo.targets import expand, shape
+from nemo_tiedlora.variants import Site, TiedConfig, Variant, VariantConfig, build, count
+
+BYTES_PER_PARAMETER = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one adapter.
+
+    Args:
+        trainable: parameters that get gradients.
+        stored: parameters in a saved adapter; frozen random ones are drawn again from the seed.
+        total: trainable and frozen ones.
+        percent_of_lora: share of the trainable parameters of plain LoRA on the same targets and layers, rank included.
+        bytes: of the stored parameters in float32.
+        rank: the rank used, which rank expansion may have raised.
+    """
+
+    trainable: int
+    stored: int
+    total: int
+    percent_of_lora: float
+    bytes: int
+    rank: int
+
+
+def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
+    """The layers that ``config`` adapts in a model of this NeMo config."""
+    layers = [layer - 1 for layer in config.layer_selection or range(1, model.num_layers + 1)]
+    return [Site(target, layer, *shape(target, model)) for target in expand(config.target_modules) for layer in layers]
+
+
+def check_fit(config: VariantConfig, model: DictConfig) -> Variant:
+    """The variant that ``config`` describes, once it is known to fit every layer it adapts."""
+    variant = build(config, model.num_layers)
+    for site in sites(config, model):
+        variant.check(site)
+    return variant
+
+
+def lora_size(config: VariantConfig, model: DictConfig) -> int:
+    """Trainable parameters of plain LoRA with the same rank, targets and layers."""
+    same = {name: getattr(config, name) for name in ("rank", "target_modules", "layer_selection")}
+    return count(build(TiedConfig(preset="LoRA", **same), model.num_layers), sites(config, model)).trainable
+
+
+def sizes(config: VariantConfig, model: DictConfig) -> Sizes:
+    """Count an adapter's parameters without building it.
+
+    Raises:
+        UsageError: settings that do not fit the model.
+    """
+    variant = check_fit(config, model)
+    counted = count(variant, sites(config, model))
+    return Sizes(
+        trainable=counted.trainable,
+        stored=counted.trainable,
+        total=counted.trainable + counted.frozen,
+        percent_of_lora=round(100 * counted.trainable / lora_size(config, model), 2),
+        bytes=BYTES_PER_PARAMETER * counted.trainable,
+        rank=variant.rank,
+    )

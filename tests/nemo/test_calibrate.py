@@ -1,0 +1,85 @@
+"""Calibration of layer groups against an independent computation, on a real base and text."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import toy
+
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo import calibrate
+
+
+def test_similarity_follows_the_definition():
+    torch.manual_seed(0)
+    outputs = [torch.randn(3, 8) for _ in range(5)]
+    angular = torch.zeros(3, 3, dtype=torch.float64)
+    for output in outputs:
+        for i in range(3):
+            for j in range(3):
+                a, b = output[i].double(), output[j].double()
+                cosine = min(1.0, float(a @ b / (a.norm() * b.norm())))
+                angular[i, j] += (1 - torch.arccos(torch.tensor(cosine, dtype=torch.float64)) / torch.pi) / 5
+    ours = torch.tensor(calibrate.similarity_matrix(iter(outputs), "angular"))
+    torch.testing.assert_close(ours, angular.to(ours), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"txt": "b"}\n', "line 2"),
+        ("rows.jsonl", "{\n", "line 1 is not JSON"),
+        ("empty.txt", "\n\n", "no text in it"),
+        ("missing.txt", None, "no such file"),
+    ],
+)
+def test_bad_texts_are_refused(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        calibrate.read_texts(tmp_path / name, 10)
+
+
+def test_texts_come_from_jsonl_and_from_plain_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
+    (tmp_path / "plain.txt").write_text("a\n\nb\nc\n")
+    for name in ("rows.jsonl", "plain.txt"):
+        assert calibrate.read_texts(tmp_path / name, 2) == ["a", "b"]
+
+
+def test_the_outputs_are_those_of_the_last_token_of_every_layer(finetuning):
+    model, _ = finetuning(peft_scheme="none")
+    model.model.eval()
+    text = "what is 1 plus 2?"
+    (ours,) = calibrate.layer_outputs(model, [text], 64)
+    assert ours.shape == (4, 32)
+    ids = torch.tensor([model.tokenizer.text_to_ids(text)])
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        hidden = model.model.embedding(ids, positions)
+        rotary = model.model.rotary_pos_emb(ids.shape[1])
+        for layer, expected in zip(model.model.decoder.layers, ours, strict=True):
+            hidden, _ = layer(hidden, attention_mask=None, rotary_pos_emb=rotary)
+            torch.testing.assert_close(hidden[-1, 0], expected)
+
+
+def test_the_command_writes_groups_that_share_lora_takes(files, tmp_path):
+    from nemo_tiedlora import variants
+
+    (tmp_path / "text.txt").write_text("what is 1 plus 2?\nwhat is 3 plus 4? the answer is 7.\n")
+    out = tmp_path / "out" / "groups.json"
+    arguments = ["groups", "--base", str(files["llama"]), "--data", str(tmp_path / "text.txt")]
+    arguments += ["--threshold", "0.5", "--out", str(out), "--json", "--rank", "4"]
+    command = [sys.executable, "-m", "nemo_tiedlora.cli", *arguments]
+    done = subprocess.run(command, env=toy.FRESH, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["groups"] == json.loads(out.read_text())["groups"]
+    written = json.loads(out.read_text())
+    assert written["base_sha256"] == calibrate.checksum_of(files["llama"])
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    values = written["similarity"]
+    assert all(values[i][j] >= 0.5 for group in written["groups"] for i in group for j in group)
+    variant = variants.build(variants.SharedConfig(groups=str(out), rank=4), 4)
+    assert variant.groups == written["groups"]
