@@ -3,6 +3,7 @@
 import time
 
 from lightning.pytorch import Callback
+from megatron.core import parallel_state
 
 
 class Facts(Callback):
@@ -34,7 +35,8 @@ class Facts(Callback):
 
     def _count(self, module, args, kwargs):
         if module.training:
-            self.tokens += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+            ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            self.tokens += ids.numel() * parallel_state.get_data_parallel_world_size()
 
     def on_train_batch_start(self, trainer, model, batch, batch_idx):
         self._started = time.perf_counter()

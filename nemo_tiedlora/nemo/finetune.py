@@ -16,9 +16,9 @@ from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, scheme_of
 from nemo_tiedlora.nemo.quiet import quiet
-from nemo_tiedlora.nemo.sizes import lora_size
+from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
-from nemo_tiedlora.variants import SCHEMES, TiedConfig, config_for
+from nemo_tiedlora.variants import SCHEMES, TiedConfig, VariantConfig, config_for
 
 #: The data sections of the config.
 SECTIONS = ("train_ds", "validation_ds", "test_ds")
@@ -46,6 +46,8 @@ def finetune(cfg: DictConfig) -> Path:
     if builtin:
         _use_builtin_task(cfg, folder)
     _complete(cfg, folder)
+    if cfg.model.peft.restore_from_path:
+        _take_saved_settings(cfg)
     path = cfg.model.restore_from_path
     base = nemo_config(path, "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     check(cfg, base)
@@ -100,6 +102,15 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
                 data[section].index_mapping_dir = str(folder / "index")
 
 
+def _take_saved_settings(cfg: DictConfig) -> None:
+    """A restored adapter keeps the settings it was made with: they decide its tensors."""
+    saved = nemo_config(cfg.model.peft.restore_from_path, "model.peft.restore_from_path").get("peft") or {}
+    with open_dict(cfg.model.peft):
+        for name, section in saved.items():
+            if name.endswith("_tuning"):
+                cfg.model.peft[name] = section
+
+
 def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> Path:
     from nemo_tiedlora.nemo.facts import Facts
     from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
@@ -125,13 +136,16 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
     except Interrupted as stopped:
         say(f"{stopped}; saved in {folder / 'checkpoints'}. The same command continues from there.")
         sys.exit(128 + stopped.signum)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if scheme in SCHEMES:
+        trainable = sizes(_settings(cfg, scheme), base).trainable
+    else:  # on this rank
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     after = evaluate(trainer, model)
     samples = [
         {"input": sample["input"], "expected": sample["expected"], "before": before, "after": sample["generated"]}
         for sample, before in zip(generate_samples(model), facts.generated_before, strict=True)
     ]
-    percent = 100 * trainable / _lora_size(cfg, scheme, base)
+    percent = 100 * trainable / lora_size(_settings(cfg, scheme), base)
     summary = {
         "scheme": scheme,
         "metric": metric,
@@ -194,13 +208,11 @@ def generate_samples(model) -> list[dict[str, str]]:
     ]
 
 
-def _lora_size(cfg: DictConfig, scheme: str, base: DictConfig) -> int:
-    """Trainable parameters of plain LoRA of the scheme's rank, or for NeMo's schemes of ``lora_tuning``'s."""
+def _settings(cfg: DictConfig, scheme: str) -> VariantConfig:
+    """The scheme's settings; for NeMo's schemes, those of plain LoRA to compare with."""
     if scheme in SCHEMES:
-        config = config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
-    else:
-        config = TiedConfig(preset="LoRA", rank=cfg.model.peft.lora_tuning.adapter_dim)
-    return lora_size(config, base)
+        return config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
+    return TiedConfig(preset="LoRA", rank=cfg.model.peft.lora_tuning.adapter_dim)
 
 
 def _score(metric: str, value: float) -> str:

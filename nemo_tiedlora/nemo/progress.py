@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 #: Reading a metric waits for the device, so a bar reads it at most this often (seconds).
 REFRESH = 0.25
@@ -32,10 +33,10 @@ class ProgressBar(Callback):
         if self._progress is None and trainer.is_global_zero:
             self._progress = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", table_column=Column(no_wrap=False)),  # two lines where narrow
                 console=self.console,
                 disable=not self.console.is_terminal,
             )
@@ -72,15 +73,15 @@ class ProgressBar(Callback):
 
     def _facts(self, trainer) -> str:
         metrics = trainer.callback_metrics
-        facts = [f"{self._step_seconds * 1e3:.0f} ms/step"]
+        facts = []
         for name, shown, form in (
             ("reduced_train_loss", "loss", ".4f"),
-            ("lr", "lr", ".2e"),
+            ("lr", "lr", ".1e"),
             (self.metric, self.metric.removeprefix("validation_"), ".4f"),
         ):
             if name in metrics:
                 facts.append(f"{shown} {float(metrics[name]):{form}}")
-        return "  ".join(facts)
+        return "  ".join([*facts, f"{self._step_seconds * 1e3:.0f} ms/step"])
 
     def on_validation_start(self, trainer, model):
         self._start(trainer)

@@ -134,6 +134,20 @@ def test_every_scheme_runs_through_the_same_script(tmp_path, scheme):
     assert "NeMo I" not in out + err and "NeMo W" not in err, err[-2000:]
 
 
+def test_training_goes_on_from_a_saved_adapter_with_its_settings(tmp_path):
+    first = ("model.peft.tied_lora_tuning.rank=4", "model.peft.tied_lora_tuning.preset=TL2")
+    steps = ("trainer.max_steps=20", "trainer.val_check_interval=20", "model.data.validation_ds.metric.name=loss")
+    code, out, err = finish(start(tmp_path, *first, *steps))
+    assert code == 0, err[-2000:]
+    trained = summary(out, tmp_path)
+    restored = f"model.peft.restore_from_path={trained['adapter']}"
+    code, out, err = finish(start(tmp_path, restored, *steps, "exp_manager.exp_dir=again"))
+    assert code == 0, err[-2000:]
+    continued = summary(out, tmp_path)
+    assert continued["trainable"] == trained["trainable"]
+    assert continued["metric_before"] == trained["metric_after"]
+
+
 def test_verbose_brings_the_log_of_nemo_back(tmp_path):
     code, out, err = finish(start(tmp_path, "verbose=true", "trainer.max_steps=2", "trainer.val_check_interval=2"))
     assert code == 0, err[-2000:]
