@@ -7,11 +7,11 @@ from setuptools import find_packages, setup
 setup(
     name="nemo_tiedlora",
     version="0.1.0",
-    description="Tied, shared, conditional and dynamic low-rank adapters for NVIDIA NeMo and Megatron",
+    description="Tied, shared and conditional low-rank adapters for NVIDIA NeMo and Megatron",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
+    packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*"]),
     entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
     install_requires=[
         "torch>=2.6",
@@ -24,7 +24,6 @@ setup(
         "matplotlib",
         "numpy<2",
         "rich",
-        "safetensors",
         "sentencepiece",
         "tensorboard",
         "typer",

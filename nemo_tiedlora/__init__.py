@@ -1,4 +1,4 @@
-"""Tied, shared, conditional and dynamic low-rank adapters for NVIDIA NeMo and Megatron.
+"""Tied, shared and conditional low-rank adapters for NVIDIA NeMo and Megatron.
 
 Importing this package is cheap: NeMo and torch are imported by the functions that need them.
 """

@@ -42,7 +42,7 @@ def params(
     base: Annotated[Path | None, typer.Option(help="Take the shape from this .nemo.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
-    heads: Annotated[int, typer.Option(help="Attention heads; matters with query groups only.")] = 1,
+    heads: Annotated[int | None, typer.Option(help="Attention heads; needed with --query-groups.")] = None,
     query_groups: Annotated[int | None, typer.Option(help="Query groups (GQA).")] = None,
     ffn: Annotated[int | None, typer.Option(help="Feed-forward size; by default 4 · hidden.")] = None,
     gated: Annotated[bool, typer.Option(help="fc1 is a fused gate and up projection.")] = True,
@@ -60,14 +60,24 @@ def params(
     if base:
         model = nemo_config(base, "base")
     else:
-        for name, value in (("layers", layers), ("hidden", hidden), ("heads", heads)):
+        if query_groups is None and heads is None:
+            heads = 1  # without query groups the projections' sizes do not depend on it
+        shape = {
+            "layers": layers,
+            "hidden": hidden,
+            "heads": heads,
+            "ffn": 4 * hidden if ffn is None and hidden else ffn,
+        }
+        for name, value in shape.items():
             if value is None or value < 1:
                 raise UsageError(name, value, "must be at least 1; or take the shape from --base FILE.nemo")
+        if hidden % heads or (query_groups is not None and (query_groups < 1 or heads % query_groups)):
+            raise UsageError("heads", heads, f"must divide hidden ({hidden}) and be a multiple of query groups")
         model = OmegaConf.create(
             {
                 "num_layers": layers,
                 "hidden_size": hidden,
-                "ffn_hidden_size": ffn or 4 * hidden,
+                "ffn_hidden_size": shape["ffn"],
                 "num_attention_heads": heads,
                 "num_query_groups": query_groups,
                 "activation": "fast-swiglu" if gated else "gelu",
@@ -77,7 +87,7 @@ def params(
     if preset is not None:
         settings["preset"] = preset
     if groups is not None:
-        settings["groups"] = json.loads(groups) if groups.startswith("[") else groups
+        settings["groups"] = _lists(groups) if groups.startswith("[") else groups
     if rank_expansion is not None:
         settings["rank_expansion"] = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
     _show(asdict(sizes(config_for(scheme, settings), model)), as_json)
@@ -136,7 +146,7 @@ def groups(
     from nemo_tiedlora.errors import check_choice
     from nemo_tiedlora.files import write_text
     from nemo_tiedlora.nemo import calibrate
-    from nemo_tiedlora.nemo.inputs import nemo_config
+    from nemo_tiedlora.nemo.inputs import check_output, nemo_config
     from nemo_tiedlora.nemo.sizes import sizes
     from nemo_tiedlora.platform.threads import wait_passively
     from nemo_tiedlora.variants import SharedConfig
@@ -146,6 +156,9 @@ def groups(
     check_choice("similarity", similarity, ("angular", "cosine"))
     check_choice("grouping", grouping, GROUPINGS)
     model_config = nemo_config(base, "base")
+    if out.suffix != ".json":
+        raise UsageError("out", str(out), "must end in .json; the heat map takes the same name with .png")
+    check_output(out.parent, "out")
     texts = calibrate.read_texts(data, samples, field)
     expansion = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
     settings = {"rank": rank, "target_modules": targets.split(","), "rank_expansion": expansion}
@@ -181,6 +194,13 @@ def groups(
     calibrate.draw(matrix, found, picture)
     shown_facts = {name: result[name] for name in ("groups", "trainable", "percent_of_lora", "rank")}
     _show(shown_facts | {"file": str(out), "heat_map": str(picture)}, as_json)
+
+
+def _lists(text: str) -> list:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise UsageError("groups", text, "write lists as JSON, such as [[0, 1], [4, 5, 6]]") from None
 
 
 def _show(facts: dict, as_json: bool) -> None:

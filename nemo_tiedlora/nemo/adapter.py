@@ -45,7 +45,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "_linear", linear)
         self._site = site
-        self._rows = None if rows is None else rows.to(linear.weight.device)
+        self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
         for name, spec in bank.variant.tensors(site).items():
             if spec.trained and name in self._parameters:
                 mark(self._parameters[name], spec, SHARDED_AXIS[self.parallel])

@@ -26,12 +26,12 @@ def read_texts(path: str | Path, samples: int, field: str = "text") -> list[str]
             if path.suffix in (".jsonl", ".json"):
                 try:
                     row = json.loads(line)
-                    line = row[field]
                 except ValueError as error:
                     raise UsageError("data", str(path), f"line {number} is not JSON ({error})") from None
-                except (KeyError, TypeError):
-                    way_out = closest(field, row) if isinstance(row, dict) else "not a JSON object"
-                    raise UsageError("field", field, f"line {number} of {path} does not have it; {way_out}") from None
+                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                    way_out = closest(field, row) if isinstance(row, dict) else "it is not a JSON object"
+                    raise UsageError("field", field, f"line {number} of {path} has no such text; {way_out}")
+                line = row[field]
             if line.strip():
                 texts.append(line.strip())
     if not texts:
@@ -87,6 +87,8 @@ def similarity_matrix(outputs: Iterator, kind: str) -> list[list[float]]:
         values = cosines if kind == "cosine" else 1 - torch.arccos(cosines) / torch.pi
         total = values if total is None else total + values
         texts += 1
+    if not texts:
+        raise UsageError("data", "texts", "none of them has a token")
     return (total / texts).tolist()
 
 

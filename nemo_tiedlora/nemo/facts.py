@@ -21,12 +21,14 @@ class Facts(Callback):
         self.generated_before: list[str] = []
         self.seconds, self.tokens, self.steps = 0.0, 0, 0
         self._started = None
+        self._ended = False
 
     def state_dict(self):
         return {name: getattr(self, name) for name in ("before", "generated_before", "seconds", "tokens", "steps")}
 
     def load_state_dict(self, state):
-        vars(self).update(state)
+        if not self._ended:  # the best checkpoint, which is restored after training, knows less
+            vars(self).update(state)
 
     def on_train_start(self, trainer, model):
         for chunk in model.get_model_module_list():
@@ -46,5 +48,6 @@ class Facts(Callback):
         self.steps = trainer.global_step
 
     def on_train_end(self, trainer, model):
+        self._ended = True
         if getattr(self, "_hook", None):
             self._hook.remove()

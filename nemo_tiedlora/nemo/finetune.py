@@ -1,7 +1,10 @@
 """The main job: fine-tune a NeMo GPT with any scheme, and say what came of it."""
 
 import json
+import os
+import re
 import sys
+import time
 from pathlib import Path
 from typing import TextIO
 
@@ -40,17 +43,19 @@ def finetune(cfg: DictConfig) -> Path:
     """
     OmegaConf.resolve(cfg)
     as_asked = OmegaConf.to_yaml(cfg)
-    folder = choose_folder(cfg, as_asked)
-    check_output(folder, "exp_manager.exp_dir")
-    builtin = cfg.model.data.train_ds.file_names is None
-    if builtin:
-        _use_builtin_task(cfg, folder)
-    _complete(cfg, folder)
+    with open_dict(cfg):
+        cfg.model.peft.peft_scheme = scheme_of(cfg)
     if cfg.model.peft.restore_from_path:
         _take_saved_settings(cfg)
     path = cfg.model.restore_from_path
     base = nemo_config(path, "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     check(cfg, base)
+    folder = choose_folder(cfg, as_asked)
+    check_output(folder, "exp_manager.exp_dir")
+    write_text(folder / "config.yaml", as_asked)
+    if cfg.model.data.train_ds.file_names is None:
+        _use_builtin_task(cfg, folder)
+    _complete(cfg, folder)
     if not path:
         path = embedded_base.base()
         use_one_thread()
@@ -69,14 +74,22 @@ def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
     if manager.exp_dir:
         return Path(manager.exp_dir) / manager.name
     root = Path("nemo_experiments") / manager.name
-    runs = sorted(root.glob("run-*"))
-    folder = root / f"run-{len(runs) + 1:03d}"
-    if runs and manager.resume_if_exists and not (runs[-1] / "summary.json").exists():
-        config = runs[-1] / "config.yaml"
-        if not config.exists() or config.read_text() == as_asked:
-            folder = runs[-1]
+    runs = sorted(path for path in root.glob("run-*") if path.name[4:].isdigit())
+    unfinished = _unfinished(runs, as_asked)
+    while not unfinished and int(os.environ.get("RANK", 0)) > 0:  # rank 0 chooses, and writes its config
+        time.sleep(0.1)
+        unfinished = _unfinished(sorted(root.glob("run-*")), as_asked)
+    if unfinished and manager.resume_if_exists:
+        folder = unfinished[-1]
+    else:
+        folder = root / f"run-{int(runs[-1].name[4:]) + 1 if runs else 1:03d}"
     manager.explicit_log_dir = str(folder)
     return folder
+
+
+def _unfinished(runs: list[Path], as_asked: str) -> list[Path]:
+    configs = ((run, run / "config.yaml") for run in runs if not (run / "summary.json").exists())
+    return [run for run, config in configs if config.exists() and config.read_text(encoding="utf-8") == as_asked]
 
 
 def _use_builtin_task(cfg: DictConfig, folder: Path) -> None:
@@ -97,6 +110,8 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
         if data.train_ds.get("concat_sampling_probabilities") is None:
             data.train_ds.concat_sampling_probabilities = [1 / len(names)] * len(names)
         for section in SECTIONS:
+            if data.get(section):
+                data[section].prompt_template = _escaped(data[section].prompt_template)
             if data.get(section) and not data[section].get("index_mapping_dir"):
                 # NeMo would put its line index beside the data, which may be read-only.
                 data[section].index_mapping_dir = str(folder / "index")
@@ -111,6 +126,12 @@ def _take_saved_settings(cfg: DictConfig) -> None:
                 cfg.model.peft[name] = section
 
 
+def _escaped(template: str) -> str:
+    r"""The template in ASCII: NeMo undoes escapes such as \n in it, and would garble any other letter on the way."""
+    plain = re.sub(r"\\([nrt\\])", lambda escape: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[escape[1]], template)
+    return plain.encode("unicode_escape").decode("ascii")
+
+
 def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> Path:
     from nemo_tiedlora.nemo.facts import Facts
     from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
@@ -122,7 +143,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
     trainer, folder = build_trainer(cfg, [facts, ProgressBar(f"validation_{metric}"), Interruptible()])
     say = _Say(results, trainer.is_global_zero)
     if trainer.is_global_zero:
-        write_text(folder / "config.yaml", as_asked)
+        write_text(folder / "config.yaml", as_asked)  # again: on a resume, NeMo moves a folder's files aside
     model = build_model(cfg, cfg.model.restore_from_path, trainer)
     scheme = scheme_of(cfg)
     if trainer.ckpt_path:
@@ -134,8 +155,9 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
     try:
         trainer.fit(model)
     except Interrupted as stopped:
-        say(f"{stopped}; saved in {folder / 'checkpoints'}. The same command continues from there.")
+        say(f"{stopped}; {_where_saved(trainer, folder)}")
         sys.exit(128 + stopped.signum)
+    trainer.ckpt_path = None  # else validation would load the checkpoint that this run resumed from
     if scheme in SCHEMES:
         trainable = sizes(_settings(cfg, scheme), base).trainable
     else:  # on this rank
@@ -174,6 +196,12 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
     return path
 
 
+def _where_saved(trainer, folder: Path) -> str:
+    if trainer.checkpoint_callback is None:
+        return "nothing was saved: exp_manager.create_checkpoint_callback is false."
+    return f"saved in {folder / 'checkpoints'}. The same command continues from there."
+
+
 def evaluate(trainer, model) -> float:
     """The metric on the test rows if there are any, else on the validation rows."""
     data = model.cfg.data
@@ -209,10 +237,16 @@ def generate_samples(model) -> list[dict[str, str]]:
 
 
 def _settings(cfg: DictConfig, scheme: str) -> VariantConfig:
-    """The scheme's settings; for NeMo's schemes, those of plain LoRA to compare with."""
+    """The scheme's settings; for NeMo's schemes, those of ``lora_tuning``, to compare with."""
     if scheme in SCHEMES:
         return config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
-    return TiedConfig(preset="LoRA", rank=cfg.model.peft.lora_tuning.adapter_dim)
+    lora = cfg.model.peft.lora_tuning
+    return TiedConfig(
+        preset="LoRA",
+        rank=lora.adapter_dim,
+        target_modules=list(lora.target_modules),
+        layer_selection=lora.layer_selection and list(lora.layer_selection),
+    )
 
 
 def _score(metric: str, value: float) -> str:

@@ -28,7 +28,7 @@ class Generator:
             tokens: at most this many new tokens each; a completion ends earlier at the end-of-text token.
             temperature: 0 is greedy; else the softmax temperature to sample with.
             top_p: sample from the smallest set of tokens that has this probability.
-            batch_size: prompts per forward pass; it does not change the text.
+            batch_size: prompts per forward pass; greedy text does not depend on it.
         """
         length = {"max_length": tokens, "min_length": 0}
         sampling = {

@@ -9,9 +9,11 @@ import tempfile
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from yaml import YAMLError
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.nemo.sizes import check_fit
+from nemo_tiedlora.nemo.targets import is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
 
 #: NeMo's own schemes that the job runs as they are; the key of their settings under model.peft.
@@ -52,11 +54,16 @@ def check(cfg: DictConfig, base: DictConfig) -> None:
         check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
-    for split in ("train_ds", "validation_ds", "test_ds"):
-        section = cfg.model.data.get(split)
-        if section is None or (split == "test_ds" and not section.get("file_names")):
-            continue
-        check_data(section, f"model.data.{split}")
+    check_sections(cfg.model.data)
+
+
+def check_sections(data: DictConfig) -> None:
+    """Check every data section. None naming files means the built-in task; test rows are optional."""
+    named = [split for split in ("train_ds", "validation_ds", "test_ds") if (data.get(split) or {}).get("file_names")]
+    if data.train_ds.file_names is None and not named:
+        return
+    for split in dict.fromkeys(("train_ds", "validation_ds", *named)):
+        check_data(data[split], f"model.data.{split}")
 
 
 def scheme_of(cfg: DictConfig) -> str:
@@ -86,8 +93,8 @@ def nemo_config(path: str | Path, field: str) -> DictConfig:
             for member in archive:
                 if os.path.basename(member.name) == "model_config.yaml" and member.isfile():
                     return OmegaConf.create(archive.extractfile(member).read().decode())
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise UsageError(field, str(path), f"not a readable .nemo file ({error})") from None
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UsageError(field, str(path), f"not a readable .nemo file ({type(error).__name__})") from None
     raise UsageError(field, str(path), "not a .nemo file: there is no model_config.yaml in it")
 
 
@@ -104,6 +111,8 @@ def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | 
             raise UsageError(
                 field, str(path), f"made for another base: {name} was {saved.get(name)}, here it is {base.get(name)}"
             )
+    if is_gated(saved) != is_gated(base):
+        raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")
     return saved
 
 
@@ -115,6 +124,8 @@ def check_data(section: DictConfig, field: str) -> None:
     if not isinstance(names, ListConfig):
         raise UsageError(f"{field}.file_names", names, f"write a list: [{names}]")
     template, label = section.prompt_template, section.label_key
+    if not isinstance(template, str):
+        raise UsageError(f"{field}.prompt_template", template, 'write text such as "{input} {output}"')
     placeholders = re.findall(r"{(.*?)}", template)
     if not template.endswith(f"{{{label}}}"):
         raise UsageError(f"{field}.prompt_template", template, f"must end with the label_key, {{{label}}}")
@@ -147,6 +158,8 @@ def _check_rows(path: Path, field: str, placeholders: list[str]) -> None:
                         field, str(path), f"line {number} has no field {name!r} of the prompt template; "
                         + closest(name, row),
                     )  # fmt: skip
+                if not isinstance(row[name], str):
+                    raise UsageError(field, str(path), f"line {number}: {name!r} is {row[name]!r}; it must be text")
             rows += 1
     if not rows:
         raise UsageError(field, str(path), "the file is empty")

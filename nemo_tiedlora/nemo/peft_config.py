@@ -27,7 +27,7 @@ class FactorPEFTConfig(PEFTConfig):
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
         self.config = config_for(scheme, self.settings)
         self.targets = expand(self.config.target_modules)
-        _check_layout(cfg, self.targets)
+        _check_layout(cfg, scheme, self.targets)
         self.variant = build(self.config, cfg.num_layers)
         mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
         adapters, self.name_key_to_mcore_mixins = {}, {}
@@ -63,9 +63,11 @@ class FactorPEFTConfig(PEFTConfig):
             OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", {"checksums": bank.checksums}, force_add=True)
 
 
-def _check_layout(cfg: DictConfig, targets: list[str]) -> None:
+def _check_layout(cfg: DictConfig, scheme: str, targets: list[str]) -> None:
     """Refuse what would train something else than one model."""
     if cfg.get("tensor_model_parallel_size", 1) > 1:
+        if scheme == "cond_lora":
+            raise UsageError("model.peft.peft_scheme", scheme, "not supported with tensor parallelism yet")
         for target in targets:
             # Rows of a gated fc1 are not one block per rank; a row-parallel layer needs a reduction of its own.
             if TARGETS[target].parallel == "row" or (target == "mlp_fc1" and is_gated(cfg)):

@@ -65,12 +65,14 @@ def _explain(error: Exception, config_path: Path, config_name: str) -> str:
     mistyped = re.search(r"Could not override '([\w.]+)'", str(error))
     if not mistyped:
         return " ".join(str(error).split())
-    parent, _, name = mistyped[1].rpartition(".")
     section = OmegaConf.load(config_path / f"{config_name}.yaml")
-    while OmegaConf.select(section, parent) is None and parent:
-        parent, _, name = parent.rpartition(".")
-    known = OmegaConf.select(section, parent) if parent else section
-    return f"{mistyped[1]}: there is no {name!r}; {closest(name, known)}"
+    for name in mistyped[1].split("."):
+        if not isinstance(section, DictConfig):
+            return f"{mistyped[1]}: {name!r} is below a setting that has no parts"
+        if name not in section:
+            return f"{mistyped[1]}: there is no {name!r}; {closest(name, section)}"
+        section = section._get_node(name)
+    return " ".join(str(error).split())
 
 
 def _exit(line: str) -> None:

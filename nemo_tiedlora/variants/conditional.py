@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nemo_tiedlora.variants import groups as grouping
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
@@ -59,6 +60,25 @@ class _FormedB(torch.autograd.Function):
         return ctx.weight(ctx.dtype).T @ grad, None, None
 
 
+class _Steps:
+    """Counts the optimizer steps of this process: fused and main-copy optimizers write θ without counting up its
+    version."""
+
+    taken = 0
+
+    @classmethod
+    def count(cls, optimizer, args, kwargs):
+        cls.taken += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
+
+
+def _state(theta: Tensor) -> tuple:
+    """Changes when θ may have: by an optimizer, by loading, or by moving it."""
+    return theta.data_ptr(), theta._version, theta.dtype, theta.device
+
+
 class Conditional(Variant):
     """CondLoRA as a source of factors.
 
@@ -82,11 +102,11 @@ class Conditional(Variant):
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         theta_A, theta_B = tensors["theta_A"], tensors["theta_B"]
-        # In-place changes (optimizers, loading) count up a tensor's version; a moved tensor is another object.
-        state = (id(theta_A), theta_A._version, id(theta_B), theta_B._version, weight.version)
+        state = (_Steps.taken, _state(theta_A), _state(theta_B), weight.version)
         known, A, B = self._formed.get(site, (None, None, None))
         if known != state:
-            with torch.no_grad():
+            # Also usable in training if validation forms it: an inference tensor could not be saved for backward.
+            with torch.inference_mode(False), torch.no_grad():
                 W = weight(theta_A.dtype)
                 A, B = theta_A.T @ W, W @ theta_B
             self._formed[site] = state, A, B

@@ -39,6 +39,15 @@ class VariantConfig:
     checksums: dict[str, str] | None = None
 
     def __post_init__(self):
+        check_list("target_modules", self.target_modules, str)
+        if self.layer_selection is not None:
+            check_list("layer_selection", self.layer_selection, int)
+        for name in ("alpha", "dropout", "std_A", "std_B"):
+            value = getattr(self, name)
+            if value is None and name != "dropout":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(name, value, "must be a number")
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank <= 0:
             raise UsageError("rank", self.rank, "must be a whole number > 0")
         if self.alpha is not None and not self.alpha > 0:
@@ -52,8 +61,19 @@ class VariantConfig:
                 raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
 
 
+def check_list(name: str, given: object, kind: type) -> None:
+    """Raise ``UsageError`` unless ``given`` is a list with something in it, all of one kind."""
+    words = {str: "names", int: "whole numbers"}[kind]
+    if not isinstance(given, list | tuple) or not given or not all(type(item) is kind for item in given):
+        raise UsageError(
+            name, given, f"write a list of {words}, such as {['attention_qkv'] if kind is str else [1, 2]}"
+        )
+
+
 def parts(name: str, given: Iterable[str], valid: tuple[str, ...]) -> list[str]:
     """The named parts in canonical order, each once; ``AB`` and ``[A, B]`` mean the same."""
+    if not isinstance(given, str | list | tuple):
+        raise UsageError(name, given, f"write a list of some of {', '.join(valid)}")
     given = list(given)
     for part in given:
         if part not in valid:

@@ -1,7 +1,6 @@
 """Which layers share: from similar outputs, or by rule (ShareLoRA, section 3 and Algorithm 1)."""
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,12 +78,14 @@ def read(path: str | Path) -> Groups:
 
 def check(groups: Groups, layers: int) -> Groups:
     """The groups in canonical order, once they are disjoint sets of at least two of the model's layers."""
+    if not isinstance(groups, list | tuple):
+        raise UsageError("groups", groups, f"write lists of layers, a file, or {' or '.join(RULES)}")
     seen: set[int] = set()
     for group in groups:
-        if not isinstance(group, list) or len(group) < 2:
+        if not isinstance(group, list | tuple) or len(group) < 2:
             raise UsageError("groups", group, "a group is a list of at least two layers")
         for layer in group:
-            if not isinstance(layer, int) or not 0 <= layer < layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < layers:
                 raise UsageError("groups", layer, f"the model has layers 0 to {layers - 1}")
             if layer in seen:
                 raise UsageError("groups", layer, "a layer can be in one group only")
@@ -99,7 +100,7 @@ def sources(groups: Groups, layers: int) -> int:
 
 def expanded_rank(rank: int, groups: Groups, layers: int) -> int:
     """The largest rank whose shared factors have no more parameters than unshared ones of ``rank`` (section 3.3)."""
-    return math.floor(layers / sources(groups, layers) * rank)
+    return layers * rank // sources(groups, layers)
 
 
 def _eligible(similarity: Sequence[Sequence[float]], threshold: float) -> list[tuple[int, int]]:

@@ -39,6 +39,8 @@ class SharedConfig(VariantConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.shared_layers is not None and type(self.shared_layers) is not int:
+            raise UsageError("shared_layers", self.shared_layers, "must be a whole number, or null for a third")
         self.train = parts("train", "AB" if self.train is None else self.train, PARTS)
         if not {"A", "B"} <= set(self.train):
             raise UsageError("train", self.train, "ShareLoRA trains A and B, and optionally u and v")
@@ -46,8 +48,8 @@ class SharedConfig(VariantConfig):
         whole = isinstance(expansion, int) and not isinstance(expansion, bool)
         if expansion not in ("none", "budget") and not (whole and expansion > 0):
             raise UsageError("rank_expansion", expansion, "write none, budget or a whole number > 0")
-        if expansion == "budget" and "u" in self.train:
-            raise UsageError("rank_expansion", expansion, "u grows with the rank, so it cannot keep to the budget")
+        if expansion == "budget" and self.train != ["A", "B"]:
+            raise UsageError("rank_expansion", expansion, "counts A and B only; train nothing else, or write a number")
 
 
 class Shared(Variant):
@@ -58,7 +60,9 @@ class Shared(Variant):
         self.groups = self._groups()
         self.leader = {layer: group[0] for group in self.groups for layer in group}
         if config.rank_expansion == "budget":
-            self.rank = grouping.expanded_rank(config.rank, self.groups, layers)
+            adapted = {layer - 1 for layer in config.layer_selection or range(1, layers + 1)}
+            sharing = [[layer for layer in group if layer in adapted] for group in self.groups]
+            self.rank = grouping.expanded_rank(config.rank, [group for group in sharing if group], len(adapted))
         elif config.rank_expansion != "none":
             self.rank = config.rank_expansion
 

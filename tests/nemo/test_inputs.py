@@ -86,7 +86,14 @@ def test_every_scheme_passes(tmp_path, scheme):
         ("model.peft.tied_lora_tuning.layer_selection=[5]", "layer_selection=5: the base has layers 1 to 4"),
         ("model.peft.tied_lora_tuning.target_modules=[attention_qkw]", "did you mean 'attention_qkv'"),
         ("model.peft.tied_lora_tuning.target_modules=[attention_qkv,attention_q]", "inside a fused projection"),
-        ("model.peft.tied_lora_tuning.target_modules=[]", "name at least one"),
+        ("model.peft.tied_lora_tuning.target_modules=[]", "write a list of names"),
+        ("model.peft.tied_lora_tuning.target_modules=attention_qkv", "write a list of names"),
+        ("model.peft.tied_lora_tuning.layer_selection=5", "layer_selection=5: write a list of whole numbers"),
+        ("model.peft.tied_lora_tuning.dropout=null", "dropout=None: must be a number"),
+        ("model.peft.tied_lora_tuning.alpha=x", "alpha='x': must be a number"),
+        ("model.peft.tied_lora_tuning.train=5", "train=5: write a list"),
+        ("model.data.train_ds.prompt_template=null", "model.data.train_ds.prompt_template=None"),
+        ("model.data.train_ds.file_names=[]", "name at least one JSONL file"),
         ("model.peft.tied_lora_tuning.target_modules=[mlp_gate]", "has no gate"),
         ("+model.peft.tied_lora_tuning.ranks=8", "ranks=8: unknown setting; did you mean 'rank'"),
         (
@@ -113,6 +120,7 @@ def test_a_bad_setting_is_named_with_the_way_out(tmp_path, override, message):
         ('{"input": "a", "output": "b"}\n{"input": \n', "line 2 is not JSON"),
         ('{"input": "a", "output": "b"}\n\n', "line 2 is empty"),
         ('{"input": "a", "output": "b"}\n[1]\n', "line 2 is not a JSON object"),
+        ('{"input": "a", "output": 3}\n', "line 1: 'output' is 3; it must be text"),
         ('{"input": "a", "output": "b"}\n{"inptu": "a", "output": "b"}\n', "line 2 has no field 'input'"),
     ],
 )
@@ -197,6 +205,12 @@ class TestRunFolder:
     ):
         self.run(tmp_path, "run-001", config, finished)
         assert self.choose(tmp_path, monkeypatch, "a").name == expected
+
+    def test_other_runs_in_between_do_not_matter(self, tmp_path, monkeypatch):
+        for name, config, finished in (("run-002", "a", False), ("run-003", "b", False), ("run-007", "c", True)):
+            self.run(tmp_path, name, config, finished)
+        assert self.choose(tmp_path, monkeypatch, "a").name == "run-002"
+        assert self.choose(tmp_path, monkeypatch, "d").name == "run-008"
 
     def test_a_named_folder_is_taken_as_nemo_takes_it(self, tmp_path, monkeypatch):
         folder = self.choose(tmp_path, monkeypatch, "a", f"exp_manager.exp_dir={tmp_path}", "exp_manager.name=mine")

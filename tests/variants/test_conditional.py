@@ -81,15 +81,37 @@ def count_products(call):
     return len(found)
 
 
-def test_an_optimizer_step_forms_them_anew():
+class WritesData(torch.optim.Optimizer):
+    """Updates parameters as fused and main-copy optimizers do, behind autograd's back."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("optimizer", [WritesData, lambda thetas: torch.optim.SGD(thetas, lr=0.1)])
+def test_an_optimizer_step_forms_them_anew(optimizer):
     model, named = randomised()
     x = torch.randn(4, 6, dtype=torch.float64)
     before = model(x)
-    with torch.no_grad():
-        named["qkv.theta_A"].add_(0.1)
+    before.sum().backward()
+    optimizer(named.values()).step()
     after = model(x)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, reference(model, named, x, []), rtol=1e-10, atol=1e-10)
+
+
+def test_factors_formed_for_inference_can_be_trained_and_moved():
+    model, named = randomised()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    assert named["qkv.theta_A"].grad.abs().max() > 0
+    assert model.float()(x.float()).dtype == torch.float32
 
 
 def test_it_starts_from_the_base_and_learns():

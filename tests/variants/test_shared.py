@@ -35,6 +35,15 @@ def test_the_budget_never_exceeds_unshared_lora_and_leaves_no_rank_unused(groups
     assert count(spent, LLAMA_7B).trainable <= unshared < count(more, LLAMA_7B).trainable
 
 
+@pytest.mark.parametrize("selection", [[1, 2], [1, 3, 5], [2, 17, 18, 19]])
+def test_the_budget_counts_adapted_layers_only(selection):
+    sites = [site for site in LLAMA_7B if site.layer + 1 in selection]
+    settings = {"groups": PUBLISHED_GROUPS, "rank": 8, "layer_selection": selection}
+    unshared = count(build(TiedConfig(preset="LoRA", rank=8), 32), sites).trainable
+    spent = build(SharedConfig(rank_expansion="budget", **settings), 32)
+    assert count(spent, sites).trainable <= unshared
+
+
 def reference(model, named, x, groups, scale, with_scales):
     """x W_lᵀ + s (x A_g(l)ᵀ) B_g(l)ᵀ with the group looked up in a plain list."""
     for number, layer in enumerate(model.layers):
@@ -86,11 +95,14 @@ def test_it_starts_from_the_base_and_learns(parts):
     ("settings", "message"),
     [
         ({"groups": "odd_evn"}, "groups='odd_evn': no such file"),
+        ({"groups": None}, "groups=None"),
+        ({"groups": [[0, True]]}, "the model has layers"),
+        ({"shared_layers": "x"}, "shared_layers='x'"),
         ({"groups": [[0, 40]]}, "the model has layers 0 to 7"),
         ({"groups": "random_adjacent", "shared_layers": 8}, "shared_layers=8: must be 1 to 7"),
         ({"rank_expansion": "bugdet"}, "rank_expansion='bugdet'"),
         ({"rank_expansion": 0}, "rank_expansion=0"),
-        ({"rank_expansion": "budget", "train": ["A", "B", "u"]}, "cannot keep to the budget"),
+        ({"rank_expansion": "budget", "train": ["A", "B", "u"]}, "counts A and B only"),
         ({"train": ["A"]}, "ShareLoRA trains A and B"),
     ],
 )
