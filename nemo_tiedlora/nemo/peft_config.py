@@ -44,7 +44,7 @@ class FactorPEFTConfig(PEFTConfig):
         return f"{self.scheme}_{target}"
 
     def tie_weights(self, model: NLPAdapterModelMixin) -> None:
-        """Bind every layer's adapter to one bank, and record the checksums of frozen factors in the model's config."""
+        """Bind every layer's adapter to one bank, and record in the model's config what makes it again."""
         bank = Bank(
             self.variant,
             cut=lambda whole, spec, site: cut(whole, spec, SHARDED_AXIS[TARGETS[site.target].parallel]),
@@ -60,7 +60,8 @@ class FactorPEFTConfig(PEFTConfig):
                     adapters[self.adapter_name(target)].bind(bank, site, linear, rows(target, model.cfg, ranks))
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
-            OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", {"checksums": bank.checksums}, force_add=True)
+            record = {"checksums": bank.checksums, **self.variant.decided()}
+            OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", record, force_add=True)
 
 
 def _check_layout(cfg: DictConfig, scheme: str, targets: list[str]) -> None:

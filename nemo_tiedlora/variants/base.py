@@ -12,7 +12,7 @@ elsewhere and works for all.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,10 @@ class Variant(ABC):
     @abstractmethod
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         """The equation: this layer's factors from its tensors and its frozen weight. Differentiable."""
+
+    def decided(self) -> dict[str, Any]:
+        """Settings that were worked out from others or read from a file, to be saved with the adapter."""
+        return {}
 
     def check(self, site: Site) -> None:
         """Raise ``UsageError`` if the variant cannot adapt this layer."""

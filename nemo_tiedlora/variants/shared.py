@@ -7,6 +7,7 @@ u and v are not in the paper; they are trained per layer if asked for. A layer o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -77,6 +78,9 @@ class Shared(Variant):
             return grouping.random_adjacent(layers, shared, self.seed)
         named = grouping.read(config.groups) if isinstance(config.groups, str) else config.groups
         return grouping.check(named, layers)
+
+    def decided(self) -> dict[str, Any]:
+        return {"groups": self.groups, "rank_expansion": self.rank}
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         config = self.config

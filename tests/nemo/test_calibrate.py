@@ -83,3 +83,11 @@ def test_the_command_writes_groups_that_share_lora_takes(files, tmp_path):
     assert all(values[i][j] >= 0.5 for group in written["groups"] for i in group for j in group)
     variant = variants.build(variants.SharedConfig(groups=str(out), rank=4), 4)
     assert variant.groups == written["groups"]
+
+
+def test_an_adapter_keeps_its_groups_when_the_file_is_gone(finetuning, tmp_path):
+    (tmp_path / "groups.json").write_text(json.dumps({"groups": [[0, 1], [2, 3]]}))
+    settings = {"rank": 4, "groups": str(tmp_path / "groups.json"), "rank_expansion": "budget"}
+    model, _ = finetuning(peft_scheme="share_lora", share_lora_tuning=settings)
+    saved = model.cfg.peft.share_lora_tuning
+    assert saved.groups == [[0, 1], [2, 3]] and saved.rank_expansion == 8
