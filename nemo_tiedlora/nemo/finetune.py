@@ -74,22 +74,26 @@ def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
     if manager.exp_dir:
         return Path(manager.exp_dir) / manager.name
     root = Path("nemo_experiments") / manager.name
-    runs = sorted(path for path in root.glob("run-*") if path.name[4:].isdigit())
-    unfinished = _unfinished(runs, as_asked)
-    while not unfinished and int(os.environ.get("RANK", 0)) > 0:  # rank 0 chooses, and writes its config
+    follows = int(os.environ.get("RANK", 0)) > 0  # rank 0 chooses, and writes its config
+    while not (unfinished := _unfinished(root, as_asked)) and follows:
         time.sleep(0.1)
-        unfinished = _unfinished(sorted(root.glob("run-*")), as_asked)
-    if unfinished and manager.resume_if_exists:
+    if unfinished and (manager.resume_if_exists or follows):
         folder = unfinished[-1]
     else:
-        folder = root / f"run-{int(runs[-1].name[4:]) + 1 if runs else 1:03d}"
+        folder = root / f"run-{max(_runs(root), default=0) + 1:03d}"
     manager.explicit_log_dir = str(folder)
     return folder
 
 
-def _unfinished(runs: list[Path], as_asked: str) -> list[Path]:
-    configs = ((run, run / "config.yaml") for run in runs if not (run / "summary.json").exists())
-    return [run for run, config in configs if config.exists() and config.read_text(encoding="utf-8") == as_asked]
+def _runs(root: Path) -> dict[int, Path]:
+    """The folders of all runs by number, in order."""
+    return {int(path.name[4:]): path for path in sorted(root.glob("run-*")) if path.name[4:].isdigit()}
+
+
+def _unfinished(root: Path, as_asked: str) -> list[Path]:
+    """The runs of this very config that have no summary, oldest first."""
+    configs = [run / "config.yaml" for run in _runs(root).values() if not (run / "summary.json").exists()]
+    return [config.parent for config in configs if config.exists() and config.read_text("utf-8") == as_asked]
 
 
 def _use_builtin_task(cfg: DictConfig, folder: Path) -> None:
