@@ -13,8 +13,9 @@ from pathlib import Path
 
 VOCABULARY = 384
 
-#: For processes of their own: one thread, and not this process's rendezvous, whose port is taken.
-FRESH = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")}
+#: For processes of their own: one thread, and not this process's rendezvous, whose port is taken, nor its make.
+OURS = {"MASTER_ADDR", "MASTER_PORT", "MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+FRESH = {name: value for name, value in os.environ.items() if name not in OURS}
 FRESH["OMP_NUM_THREADS"] = "1"
 OPTIM = dict(
     name="adamw",

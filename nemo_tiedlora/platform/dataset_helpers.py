@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sysconfig
@@ -50,5 +51,9 @@ def dataset_helper_build(restore: Restore) -> None:
     """
     from nemo.collections.nlp.data.language_modeling.megatron import dataset_utils
 
-    source = Path(dataset_utils.__file__).with_name("helpers.cpp")
-    restore.set(dataset_utils, "compile_helper", lambda: build(source) and None)
+    def compile_helper() -> None:
+        build(Path(dataset_utils.__file__).with_name("helpers.cpp"))
+        # Python remembers a folder's files; a new one can have the time stamp of what it remembers.
+        importlib.invalidate_caches()
+
+    restore.set(dataset_utils, "compile_helper", compile_helper)

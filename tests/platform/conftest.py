@@ -41,7 +41,9 @@ def quiet():
 def nemo():
     """NeMo imported, as the patches import it; nothing stays patched."""
     with platform.host():
-        pass
+        from nemo.collections.nlp.data.language_modeling.megatron import dataset_utils
+
+        dataset_utils.compile_helper()  # once: a test that starts in the middle of a run may find nobody to do it
 
 
 @pytest.fixture
