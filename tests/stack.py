@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from nemo_tiedlora import variants
+
 
 class Layers(nn.Module):
     """A stack of rectangular projections, each back to the input's width by a fixed slice."""
@@ -34,3 +36,19 @@ def train(model, steps=60, lr=1e-2):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def follows(model, named, reference):
+    """Check an adapted model against a plain autograd reference, and its merged weights; return the trained keys."""
+    x = torch.randn(4, 6, dtype=torch.float64)
+    y = model(x)
+    y.square().sum().backward()
+    ours = {key: tensor.grad.clone() for key, tensor in named.items() if tensor.requires_grad}
+    model.zero_grad()
+    expected = reference(x)
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, named[key].grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(variants.merge(model)(x), y, rtol=1e-10, atol=1e-10)
+    return set(ours)

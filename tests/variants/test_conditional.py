@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stack import Layers, train
+from stack import Layers, follows, train
 
 from nemo_tiedlora import variants
 from nemo_tiedlora.variants import ConditionalConfig, Site, build, count
@@ -36,17 +36,7 @@ def reference(model, named, x, groups):
 @pytest.mark.parametrize("groups", [[], [[0, 2]]])
 def test_forward_gradients_and_merge_follow_the_equations(groups):
     model, named = randomised(groups)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    y = model(x)
-    y.square().sum().backward()
-    ours = {key: tensor.grad.clone() for key, tensor in named.items()}
-    model.zero_grad()
-    expected = reference(model, named, x, groups)
-    expected.square().sum().backward()
-    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
-    for key, gradient in ours.items():
-        torch.testing.assert_close(gradient, named[key].grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(variants.merge(model)(x), y, rtol=1e-10, atol=1e-10)
+    follows(model, named, lambda x: reference(model, named, x, groups))
 
 
 def test_micro_batches_reuse_the_factors_and_their_gradients_add_up():
