@@ -7,11 +7,11 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Add this package's schemes to NeMo's ``PEFT_CONFIG_MAP``.
+    """Add this package's schemes to NeMo's ``PEFT_CONFIG_MAP`` and its adapted layers to NeMo's adapter registry.
 
     After it, any NeMo script accepts ``model.peft.peft_scheme=tied_lora`` with a ``model.peft.tied_lora_tuning``
     section. Calling it again changes nothing. Imports NeMo.
     """
-    from nemo_tiedlora.nemo.peft_config import register_schemes
+    from nemo_tiedlora.nemo.hooks import register_schemes
 
     register_schemes()

@@ -246,9 +246,9 @@ def finetuning_model(config, trainer_):
     with open_dict(model_config):
         model_config.precision = config.trainer.precision
     model = MegatronGPTSFTModel.restore_from(base, model_config, trainer=trainer_)
-    scheme = PEFT_CONFIG_MAP[config.model.peft.peft_scheme]
-    if scheme is not None:
-        model.add_adapter(scheme(model_config))
+    schemes = [PEFT_CONFIG_MAP[name] for name in config.model.peft.peft_scheme.split(",")]
+    if None not in schemes:
+        model.add_adapter([scheme(model_config) for scheme in schemes])
     return model
 
 

@@ -1,6 +1,11 @@
-"""One layer's adapter as NeMo sees it: a module with a config dataclass, added to a Megatron linear layer."""
+"""One layer's adapter as NeMo sees it: a module with a config dataclass, added to a Megatron linear layer.
 
-from dataclasses import dataclass, field
+Every scheme has a class and a config dataclass of its own here, ``TiedLoraAdapter`` and ``TiedLoraAdapterConfig`` for
+``tied_lora`` and so on: NeMo finds them by import path and accepts adapters by class.
+"""
+
+import sys
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 import torch
@@ -13,25 +18,24 @@ from torch.nn import functional as F
 
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.parallel.cut import SHARDED_AXIS, mark, sum_over_tensor_ranks
-from nemo_tiedlora.variants import Bank, FrozenWeight, Site
+from nemo_tiedlora.variants import SCHEMES, Bank, FrozenWeight, Site
 
 
 class FactorAdapter(nn.Module, AdapterModuleUtil):
-    """Adds one layer's factors to that layer's output.
+    """Applies one layer's factors to that layer's output.
 
     It owns the tensors that no earlier layer owns; the bank it is bound to knows where the others live.
 
     Args:
-        scheme: the method's name, as in ``model.peft.peft_scheme``.
         target: kind of target module.
         parallel: ``column`` or ``row``, as the layer is.
         dropout: on the adapter's input.
-        settings: the method's settings, for the record that NeMo keeps of every adapter.
+        settings: the scheme's settings, for the record that NeMo keeps of every adapter.
     """
 
-    def __init__(self, scheme: str, target: str, parallel: str, dropout: float, settings: dict[str, Any], **_):
+    def __init__(self, target: str, parallel: str, dropout: float, settings: dict[str, Any], **_):
         super().__init__()
-        self.scheme, self.target, self.parallel, self.dropout = scheme, target, parallel, dropout
+        self.target, self.parallel, self.dropout = target, parallel, dropout
         self.setup_adapter_strategy(adapter_mixin_strategies.ReturnResultAdapterStrategy())
 
     def bind(self, bank: Bank, site: Site, linear: nn.Module, rows: torch.Tensor | None) -> None:
@@ -40,35 +44,58 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         Args:
             rows: the rows of a fused ``linear`` that the target addresses; None means all.
         """
-        bank.adopt(self, site, device=linear.weight.device, dtype=linear.weight.dtype)
+        self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
+        bank.adopt(self, site, FrozenWeight(linear.weight, self._rows))
         # Not as submodules: a shared tensor must appear once in the model's parameters.
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "_linear", linear)
         self._site = site
-        self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
         for name, spec in bank.variant.tensors(site).items():
             if spec.trained and name in self._parameters:
                 mark(self._parameters[name], spec, SHARDED_AXIS[self.parallel])
         sharded = self.parallel == "column" and parallel_state.get_tensor_model_parallel_world_size() > 1
         self._reduce_grad = sum_over_tensor_ranks if sharded else None
 
-    def forward(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied."""
+    def forward(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied.
+
+        Args:
+            bias: what the frozen layer has added to ``output`` beside its product with ``x``: (out,).
+        """
         weight = self._linear.weight
-        A, B, scale = self._bank.factors(self._site, FrozenWeight(weight, self._rows))
+        A, B, scale, gain = self._bank.factors(self._site, FrozenWeight(weight, self._rows))
         if self._rows is not None:
             B = B.new_zeros(weight.shape[0], B.shape[1]).index_copy(0, self._rows, B)
+            gain = None if gain is None else gain.new_ones(weight.shape[0]).index_copy(0, self._rows, gain)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return apply(output, x, A, B, scale, reduce_grad=self._reduce_grad)
+        output = apply(output, x, A, B, scale, gain, bias, self._reduce_grad)
+        if self.training and self._bank.variant.observes:
+            seen = output if self._rows is None else output[..., self._rows]
+            self._bank.variant.observe(self._site, seen.transpose(0, 1))
+        return output
 
 
 @dataclass
 class FactorAdapterConfig(AdapterConfig):
-    """What NeMo's ``add_adapter`` needs to make a ``FactorAdapter``."""
+    """What NeMo's ``add_adapter`` needs to make a ``FactorAdapter``; ``_target_`` says of which scheme."""
 
-    scheme: str
     target: str
     parallel: str
     dropout: float
-    settings: dict[str, Any] = field(default_factory=dict)
-    _target_: str = f"{FactorAdapter.__module__}.{FactorAdapter.__name__}"
+    settings: dict[str, Any]
+
+
+def _config_class(scheme: str) -> type[FactorAdapterConfig]:
+    """The scheme's config dataclass; both its classes become names of this module."""
+    module = sys.modules[__name__]
+    name = "".join(word.title() for word in scheme.split("_")) + "Adapter"
+    doc = f"A layer's adapter of scheme {scheme}."
+    setattr(module, name, type(name, (FactorAdapter,), {"__doc__": doc, "__module__": __name__}))
+    target = ("_target_", str, f"{__name__}.{name}")
+    config = make_dataclass(f"{name}Config", [target], bases=(FactorAdapterConfig,), namespace={"__module__": __name__})
+    setattr(module, config.__name__, config)
+    return config
+
+
+#: Scheme → the config dataclass of its adapters.
+ADAPTER_CONFIGS = {scheme: _config_class(scheme) for scheme in SCHEMES}

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins import MCoreAdapterModuleMixin
 
-from nemo_tiedlora.nemo.adapter import FactorAdapterConfig
+from nemo_tiedlora.nemo.adapter import ADAPTER_CONFIGS
 
 
 class AdaptedLinearMixin(MCoreAdapterModuleMixin):
@@ -20,7 +20,7 @@ class AdaptedLinearMixin(MCoreAdapterModuleMixin):
     """
 
     def mcore_register_adapters(self):
-        self.set_accepted_adapter_types([FactorAdapterConfig._target_])
+        self.set_accepted_adapter_types([config._target_ for config in ADAPTER_CONFIGS.values()])
 
     def add_adapter(self, name, cfg, **kwargs):
         super().add_adapter(name, cfg, **kwargs)
@@ -30,10 +30,15 @@ class AdaptedLinearMixin(MCoreAdapterModuleMixin):
         super().set_enabled_adapters(name, enabled)
         self._enabled = self.get_enabled_adapters()  # once per change: reading it from the config is slow
 
-    def adapted(self, output, x):
-        """``output`` of the frozen layer for its input ``x``, with every enabled adapter applied."""
+    def adapted(self, output, x, returned_bias):
+        """``output`` of the frozen layer for its input ``x``, with every enabled adapter applied.
+
+        Args:
+            returned_bias: what the layer leaves to its caller to add; None if it has added its bias.
+        """
+        bias = self.bias if returned_bias is None and self.bias is not None and self.bias.numel() else None
         for name in self._enabled:
-            output = self.adapter_layer[name](output, x)
+            output = self.adapter_layer[name](output, x, bias)
         return output
 
 
@@ -42,7 +47,7 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear, AdaptedLinearMixin):
 
     def forward(self, input_, *args, **kwargs):
         output, bias = super().forward(input_, *args, **kwargs)
-        return self.adapted(output, input_), bias
+        return self.adapted(output, input_, bias), bias
 
 
 class AdaptedRowParallelLinear(RowParallelLinear, AdaptedLinearMixin):
@@ -50,7 +55,7 @@ class AdaptedRowParallelLinear(RowParallelLinear, AdaptedLinearMixin):
 
     def forward(self, input_):
         output, bias = super().forward(input_)
-        return self.adapted(output, input_), bias
+        return self.adapted(output, input_, bias), bias
 
 
 LOCAL = {"column": AdaptedColumnParallelLinear, "row": AdaptedRowParallelLinear}
@@ -69,13 +74,13 @@ if find_spec("transformer_engine"):
 
         def forward(self, x, *args, **kwargs):
             (output, normed), bias = super().forward(x, *args, **kwargs)
-            return self.adapted(output, normed), bias
+            return self.adapted(output, normed, bias), bias
 
     class AdaptedTERowParallelLinear(TERowParallelLinear, AdaptedLinearMixin):
         """Transformer Engine's output and fc2 projections."""
 
         def forward(self, x, *args, **kwargs):
             output, bias = super().forward(x, *args, **kwargs)
-            return self.adapted(output, x), bias
+            return self.adapted(output, x, bias), bias
 
     TRANSFORMER_ENGINE = {"column": AdaptedTELayerNormColumnParallelLinear, "row": AdaptedTERowParallelLinear}

@@ -1,17 +1,16 @@
-"""The schemes as NeMo PEFT configs, and their entry into NeMo."""
-
-from functools import partial, partialmethod
+"""The schemes as NeMo PEFT configs."""
 
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
-from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP, PEFTConfig
+from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.adapter import FactorAdapterConfig
+from nemo_tiedlora.nemo.adapter import ADAPTER_CONFIGS
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
+from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import TARGETS, expand, is_gated, rows, shape
 from nemo_tiedlora.parallel.cut import SHARDED_AXIS, cut
-from nemo_tiedlora.variants import SCHEMES, Bank, Site, build, config_for
+from nemo_tiedlora.variants import Bank, DynamicConfig, Site, VariantConfig, build, config_for
 
 
 class FactorPEFTConfig(PEFTConfig):
@@ -28,13 +27,14 @@ class FactorPEFTConfig(PEFTConfig):
         self.config = config_for(scheme, self.settings)
         self.targets = expand(self.config.target_modules)
         _check_layout(cfg, scheme, self.targets)
+        _check_optimizer(cfg, self.config)
         self.variant = build(self.config, cfg.num_layers)
         mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
         adapters, self.name_key_to_mcore_mixins = {}, {}
         for target in self.targets:
             where = TARGETS[target]
-            adapters[self.adapter_name(target)] = FactorAdapterConfig(
-                scheme, target, where.parallel, self.config.dropout, self.settings
+            adapters[self.adapter_name(target)] = ADAPTER_CONFIGS[scheme](
+                target, where.parallel, self.config.dropout, self.settings
             )
             self.name_key_to_mcore_mixins[self.adapter_name(target)] = [(where.path, mixins[where.parallel])]
         super().__init__({"layer_selection": self.config.layer_selection}, adapters)
@@ -58,6 +58,8 @@ class FactorPEFTConfig(PEFTConfig):
                 if self.adapter_name(target) in adapters:
                     site = Site(target, layer.layer_number - 1, *shape(target, model.cfg))
                     adapters[self.adapter_name(target)].bind(bank, site, linear, rows(target, model.cfg, ranks))
+        self.variant.start(sites(self.config, model.cfg))
+        model.__dict__.setdefault("factor_banks", {})[self.scheme] = bank
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
             record = {"checksums": bank.checksums, **self.variant.decided()}
@@ -80,14 +82,12 @@ def _check_layout(cfg: DictConfig, scheme: str, targets: list[str]) -> None:
         raise UsageError("model.sequence_parallel", True, "not supported yet; set it to false")
 
 
-def _tie_weights(self, peft_cfg, *, stock):
-    """NeMo's ``tie_weights`` knows two PEFT configs by type; ask any other to do its own."""
-    return peft_cfg.tie_weights(self) if isinstance(peft_cfg, FactorPEFTConfig) else stock(self, peft_cfg)
-
-
-def register_schemes() -> None:
-    """Enter the schemes into ``PEFT_CONFIG_MAP`` (idempotent)."""
-    for scheme in SCHEMES:
-        PEFT_CONFIG_MAP.setdefault(scheme, partial(FactorPEFTConfig, scheme))
-    if not isinstance(NLPAdapterModelMixin.__dict__["tie_weights"], partialmethod):
-        NLPAdapterModelMixin.tie_weights = partialmethod(_tie_weights, stock=NLPAdapterModelMixin.tie_weights)
+def _check_optimizer(cfg: DictConfig, config: VariantConfig) -> None:
+    """Refuse an optimizer that would not do as the settings say."""
+    name = (cfg.get("optim") or {}).get("name")
+    if name != "mcore_distributed_optim":
+        return
+    if isinstance(config, DynamicConfig):
+        raise UsageError("model.optim.name", name, "it would move inactive modules; use adamw or fused_adam")
+    if config.lr_ratio != 1:
+        raise UsageError("lr_ratio", config.lr_ratio, f"model.optim.name={name} has one learning rate; use fused_adam")

@@ -40,8 +40,10 @@ def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
 def check_fit(config: VariantConfig, model: DictConfig) -> Variant:
     """The variant that ``config`` describes, once it is known to fit every layer it adapts."""
     variant = build(config, model.num_layers)
-    for site in sites(config, model):
+    adapted = sites(config, model)
+    for site in adapted:
         variant.check(site)
+    variant.start(adapted)
     return variant
 
 

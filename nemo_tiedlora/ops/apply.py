@@ -46,18 +46,30 @@ class _Apply(torch.autograd.Function):
 
 
 def apply(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, reduce_grad: Callable[[Tensor], Tensor] | None = None
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+    reduce_grad: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``y + scale · (x Aᵀ) Bᵀ``, written into ``y``.
+    """``y + scale · (x Aᵀ) Bᵀ``, written into ``y``; with a gain, that many times all of it but the bias.
 
     Args:
         y: output of the frozen layer, (..., out). Its dtype is the one computed in. Overwritten, unless it is a view.
         x: input of the frozen layer, (..., in).
         A: (rank, in). B: (out, rank). scale: s of the equation; it multiplies the product, never an activation.
+        gain: (out,), or None for 1. bias: (out,), what of ``y`` the gain leaves alone; None if there is nothing.
         reduce_grad: takes dL/d(xAᵀ), (tokens, rank), to its sum over the ranks that each hold some rows of B.
 
     Returns:
         (..., out), dtype of ``y``.
     """
     dtype = y.dtype
-    return _Apply.apply(y.contiguous(), x.to(dtype), A.to(dtype), B.to(dtype), scale, reduce_grad)
+    y = _Apply.apply(y.contiguous(), x.to(dtype), A.to(dtype), B.to(dtype), scale, reduce_grad)
+    if gain is None:
+        return y
+    gain = gain.to(dtype)
+    return gain * y if bias is None else torch.addcmul((1 - gain) * bias.to(dtype), gain, y)

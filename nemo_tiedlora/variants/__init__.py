@@ -2,10 +2,12 @@
 
 from nemo_tiedlora.variants.attach import attach, merge
 from nemo_tiedlora.variants.bank import Bank
-from nemo_tiedlora.variants.base import Count, Factors, FrozenWeight, Site, TensorSpec, Variant, count
+from nemo_tiedlora.variants.base import Count, Factors, FrozenWeight, Site, TensorSpec, Variant, count, merged
 from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
 from nemo_tiedlora.variants.config import VariantConfig
+from nemo_tiedlora.variants.dynamic import Dynamic, DynamicConfig
 from nemo_tiedlora.variants.init import Init, checksum
+from nemo_tiedlora.variants.optimize import Conductor, param_groups
 from nemo_tiedlora.variants.registry import SCHEMES, build, config_for
 from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import PRESETS, Tied, TiedConfig
@@ -16,7 +18,10 @@ __all__ = [
     "Bank",
     "Conditional",
     "ConditionalConfig",
+    "Conductor",
     "Count",
+    "Dynamic",
+    "DynamicConfig",
     "Factors",
     "FrozenWeight",
     "Init",
@@ -34,4 +39,6 @@ __all__ = [
     "config_for",
     "count",
     "merge",
+    "merged",
+    "param_groups",
 ]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.variants.bank import Bank
-from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site
+from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, merged
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.registry import build
 
@@ -21,15 +21,18 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.bank, self.site, self.dropout = bank, site, dropout
-        bank.adopt(self, site, device=base.weight.device, dtype=base.weight.dtype)
+        bank.adopt(self, site, FrozenWeight(base.weight))
 
     def factors(self) -> Factors:
-        """This layer's A, B and scale."""
+        """This layer's A, B, scale and gain."""
         return self.bank.factors(self.site, FrozenWeight(self.base.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) → (..., out)."""
-        return apply(self.base(x), F.dropout(x, self.dropout, self.training), *self.factors())
+        """(samples, ..., in) → (samples, ..., out)."""
+        output = apply(self.base(x), F.dropout(x, self.dropout, self.training), *self.factors(), self.base.bias)
+        if self.training and self.bank.variant.observes:
+            self.bank.variant.observe(self.site, output)
+        return output
 
 
 def attach(model: nn.Module, config: VariantConfig, targets: Sequence[str]) -> Bank:
@@ -55,6 +58,7 @@ def attach(model: nn.Module, config: VariantConfig, targets: Sequence[str]) -> B
             raise UsageError("targets", target, f"no linear layer has this name; {closest(target, found)}")
     model.requires_grad_(False)
     bank = Bank(build(config, max(len(found[target]) for target in targets)), checksums=config.checksums)
+    sites = []
     for target in targets:
         for layer, name in enumerate(found[target]):
             if config.layer_selection and layer + 1 not in config.layer_selection:
@@ -62,16 +66,17 @@ def attach(model: nn.Module, config: VariantConfig, targets: Sequence[str]) -> B
             base = model.get_submodule(name)
             site = Site(target, layer, base.in_features, base.out_features)
             _replace(model, name, AdaptedLinear(base, bank, site, config.dropout))
+            sites.append(site)
+    bank.variant.start(sites)
     return bank
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Add every adapter's ``s · B A`` to its frozen weight, in place, and take the adapters off."""
+    """Write what every layer and its adapter do together into the frozen weight, and take the adapters off."""
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     for module in adapted.values():  # all before the first is taken off: shared tensors live on one of them
-        A, B, scale = module.factors()
-        module.base.weight += scale * (B @ A)
+        module.base.weight.copy_(merged(module.base.weight, module.factors()))
     for name, module in adapted.items():
         _replace(model, name, module.base)
     return model

@@ -7,7 +7,7 @@ from torch import nn
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
-from nemo_tiedlora.variants.init import checksum
+from nemo_tiedlora.variants.init import ROW_NORMS, checksum
 
 #: Takes a whole tensor to the part that this process holds.
 Cut = Callable[[torch.Tensor, TensorSpec, Site], torch.Tensor]
@@ -32,10 +32,13 @@ class Bank:
         self.expected = checksums or {}
         self.checksums: dict[str, str] = {}
         self._homes: dict[str, tuple[nn.Module, str]] = {}
+        self._specs: dict[str, TensorSpec] = {}
         self._parts: dict[Site, dict[str, tuple[nn.Module, str]]] = {}
 
-    def adopt(self, module: nn.Module, site: Site, device: torch.device | None = None, dtype=torch.float32) -> None:
-        """Give ``site`` its tensors: those that no other module holds yet are created on ``module``.
+    def adopt(self, module: nn.Module, site: Site, weight: FrozenWeight) -> None:
+        """Give ``site`` its tensors, of the weight's device and dtype.
+
+        Those that no other module holds yet are created on ``module``.
 
         Raises:
             UsageError: the rank does not fit the layer, or a frozen tensor is not the one that was trained against.
@@ -44,19 +47,23 @@ class Bank:
         parts = {}
         for name, spec in self.variant.tensors(site).items():
             if spec.key not in self._homes:
-                tensor = self._create(spec, site, device, dtype)
+                tensor = self._create(spec, site, weight)
                 if spec.trained:
                     module.register_parameter(name, nn.Parameter(tensor))
                 else:
                     module.register_buffer(name, tensor, persistent=False)
                 self._homes[spec.key] = (module, name)
+                self._specs[spec.key] = spec
             parts[name] = self._homes[spec.key]
         self._parts[site] = parts
 
-    def _create(self, spec: TensorSpec, site: Site, device, dtype) -> torch.Tensor:
+    def _create(self, spec: TensorSpec, site: Site, weight: FrozenWeight) -> torch.Tensor:
+        device, dtype = weight.tensor.device, weight.tensor.dtype
         shape = spec.shape(site, self.variant.rank)
-        if device is not None and torch.device(device).type == "meta":
+        if device.type == "meta":
             return torch.empty(shape, device="meta", dtype=dtype)
+        if spec.init.kind == ROW_NORMS:  # of this process's part of the weight: there is nothing to cut
+            return weight.squared_rows(torch.promote_types(dtype, torch.float32)).sqrt().to(dtype)
         whole = spec.init.draw(shape, self.variant.seed, spec.key)
         if not spec.trained:
             self.checksums[spec.key] = checksum(whole)
@@ -84,3 +91,8 @@ class Bank:
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the adapter by its key, each once."""
         return {key: getattr(module, attribute) for key, (module, attribute) in self._homes.items()}
+
+    def trained(self) -> dict[str, tuple[TensorSpec, nn.Parameter]]:
+        """Every parameter of the adapter by its key, each once, with what it is."""
+        named = self.named_tensors()
+        return {key: (spec, named[key]) for key, spec in self._specs.items() if spec.trained}

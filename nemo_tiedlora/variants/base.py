@@ -4,9 +4,9 @@ Every method in this package is one equation,
 
     y = x Wᵀ + s · (x A_lᵀ) B_lᵀ        A_l: (rank, in)   B_l: (out, rank)
 
-and a variant only says where layer l's A_l and B_l come from: it names the tensors behind them and combines them.
-Creating, sharing, sharding, counting and saving those tensors, and applying or merging the factors, is written once
-elsewhere and works for all.
+(times one gain per output feature, if DoRA is on) and a variant only says where layer l's A_l and B_l come from: it
+names the tensors behind them and combines them. Creating, sharing, sharding, counting and saving those tensors, and
+applying or merging the factors, is written once elsewhere and works for all.
 """
 
 from abc import ABC, abstractmethod
@@ -39,16 +39,16 @@ class Site:
     out_features: int
 
 
-#: The parts that low-rank methods are made of, and what their dimensions run over.
-AXES = {"A": ("rank", "in"), "B": ("out", "rank"), "u": ("rank",), "v": ("out",)}
-
-
 class Factors(NamedTuple):
-    """What a layer adds to its frozen weight: ``scale · B A`` with A (rank, in) and B (out, rank)."""
+    """What a layer does to its frozen weight: ``gain ⊙ (W + scale · B A)``.
+
+    A (rank, in), B (out, rank), and a gain (out,) per row that only DoRA has; None is 1.
+    """
 
     A: Tensor
     B: Tensor
     scale: float
+    gain: Tensor | None = None
 
 
 class FrozenWeight:
@@ -66,6 +66,22 @@ class FrozenWeight:
         weight = self.tensor.detach()
         return (weight if self.rows is None else weight[self.rows]).to(dtype)
 
+    def left(self, X: Tensor) -> Tensor:
+        """``Xᵀ W`` for X (out, k): (k, in)."""
+        return X.T @ self(X.dtype)
+
+    def right(self, X: Tensor) -> Tensor:
+        """``W X`` for X (in, k): (out, k)."""
+        return self(X.dtype) @ X
+
+    def gram(self, A: Tensor) -> Tensor:
+        """``A Aᵀ`` for A (rank, in): (rank, rank)."""
+        return A @ A.T
+
+    def squared_rows(self, dtype: torch.dtype) -> Tensor:
+        """The squared length of every row of W: (out,)."""
+        return self(dtype).square().sum(1)
+
     @property
     def version(self) -> int:
         """Counts in-place changes."""
@@ -81,12 +97,14 @@ class TensorSpec:
         axes: what each dimension runs over: ``rank``, ``in`` or ``out``. Sizes and sharding follow from it.
         init: how it starts.
         trained: whether it gets gradients; a frozen random tensor is never saved but drawn again.
+        factor: which factor of the layer it is a part of, ``A`` or ``B``; empty for a part of neither.
     """
 
     key: str
     axes: tuple[str, ...]
     init: Init
     trained: bool
+    factor: str
 
     def shape(self, site: Site, rank: int) -> tuple[int, ...]:
         sizes = {"rank": rank, "in": site.in_features, "out": site.out_features}
@@ -124,12 +142,72 @@ class Variant(ABC):
         """Settings that were worked out from others or read from a file, to be saved with the adapter."""
         return {}
 
+    def start(self, sites: Iterable[Site]) -> None:  # noqa: B027, optional
+        """All of the whole model's adapted layers, in order; called once, when each has its tensors."""
+
+    #: Whether ``observe`` is to be called.
+    observes = False
+
+    def observe(self, site: Site, output: Tensor) -> None:  # noqa: B027, optional
+        """An adapted layer's output, (samples, ..., out), in a pass that counts."""
+
     def check(self, site: Site) -> None:
         """Raise ``UsageError`` if the variant cannot adapt this layer."""
         smallest = min(site.in_features, site.out_features)
         if self.rank > smallest:
             shape = f"{site.target} of shape ({site.out_features}, {site.in_features})"
             raise UsageError("rank", self.rank, f"larger than the layer: {shape} allows 1 to {smallest}")
+
+
+class Wrapper(Variant):
+    """A variant that changes something about another one, whatever that is."""
+
+    def __init__(self, config: VariantConfig, inner: Variant):
+        super().__init__(config, inner.layers)
+        self.inner = inner
+        self.rank = inner.rank
+
+    @property
+    def scale(self) -> float:
+        return self.inner.scale
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        return self.inner.tensors(site)
+
+    def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
+        return self.inner.factors(site, tensors, weight)
+
+    def decided(self) -> dict[str, Any]:
+        return self.inner.decided()
+
+    def check(self, site: Site) -> None:
+        self.inner.check(site)
+
+
+class Part(NamedTuple):
+    """What the dimensions of a part run over, and the factor it belongs to."""
+
+    axes: tuple[str, ...]
+    factor: str
+
+    def spec(self, key: str, init: Init, trained: bool = True) -> TensorSpec:
+        return TensorSpec(key, self.axes, init, trained, self.factor)
+
+
+#: The parts of the methods that scale a pair of matrices: ``A_l = diag(u) A`` and ``B_l = diag(v) B``.
+PARTS = {
+    "A": Part(("rank", "in"), "A"),
+    "B": Part(("out", "rank"), "B"),
+    "u": Part(("rank",), "A"),
+    "v": Part(("out",), "B"),
+}
+
+
+def merged(weight: Tensor, factors: Factors) -> Tensor:
+    """``gain ⊙ (W + s B A)``, the weight (out, in) that gives alone what the layer and its adapter give together."""
+    A, B, scale, gain = factors
+    whole = torch.addmm(weight, B, A, alpha=scale)
+    return whole if gain is None else gain[:, None] * whole
 
 
 def fold(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from nemo_tiedlora.variants import groups as grouping
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import Init
+from nemo_tiedlora.variants.once import OncePerStep
 
 
 @dataclass(kw_only=True)
@@ -60,25 +60,6 @@ class _FormedB(torch.autograd.Function):
         return ctx.weight(ctx.dtype).T @ grad, None, None
 
 
-class _Steps:
-    """Counts the optimizer steps of this process: fused and main-copy optimizers write θ without counting up its
-    version."""
-
-    taken = 0
-
-    @classmethod
-    def count(cls, optimizer, args, kwargs):
-        cls.taken += 1
-
-
-register_optimizer_step_post_hook(_Steps.count)
-
-
-def _state(theta: Tensor) -> tuple:
-    """Changes when θ may have: by an optimizer, by loading, or by moving it."""
-    return theta.data_ptr(), theta._version, theta.dtype, theta.device
-
-
 class Conditional(Variant):
     """CondLoRA as a source of factors.
 
@@ -90,24 +71,17 @@ class Conditional(Variant):
         super().__init__(config, layers)
         groups = grouping.check(config.groups or [], layers)
         self.group = {layer: f"group{group[0]}." for group in groups for layer in group}
-        self._formed: dict[Site, tuple[tuple, Tensor, Tensor]] = {}
+        self._once = OncePerStep()
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         prefix = f"{site.target}.{self.group.get(site.layer, '')}"
         theta_A = Init(self.config.init_A, self.config.std_A)
         return {
-            "theta_A": TensorSpec(f"{prefix}theta_A", ("out", "rank"), theta_A, True),
-            "theta_B": TensorSpec(f"{prefix}theta_B", ("in", "rank"), Init("zeros"), True),
+            "theta_A": TensorSpec(f"{prefix}theta_A", ("out", "rank"), theta_A, True, "A"),
+            "theta_B": TensorSpec(f"{prefix}theta_B", ("in", "rank"), Init("zeros"), True, "B"),
         }
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         theta_A, theta_B = tensors["theta_A"], tensors["theta_B"]
-        state = (_Steps.taken, _state(theta_A), _state(theta_B), weight.version)
-        known, A, B = self._formed.get(site, (None, None, None))
-        if known != state:
-            # Also usable in training if validation forms it: an inference tensor could not be saved for backward.
-            with torch.inference_mode(False), torch.no_grad():
-                W = weight(theta_A.dtype)
-                A, B = theta_A.T @ W, W @ theta_B
-            self._formed[site] = state, A, B
+        A, B = self._once(site, (theta_A, theta_B), weight, lambda: (weight.left(theta_A), weight.right(theta_B)))
         return Factors(_FormedA.apply(theta_A, weight, A), _FormedB.apply(theta_B, weight, B), self.scale)

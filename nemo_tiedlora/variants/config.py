@@ -1,6 +1,6 @@
 """Settings that every method has."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
@@ -20,6 +20,8 @@ class VariantConfig:
         std_A, std_B: explicit standard deviation; null derives it from the shape.
         seed: what the start values are drawn from; frozen ones are drawn from it again, so it is part of the adapter.
         layer_selection: 1-based numbers of the layers to adapt; null means all.
+        dora: also train the length of every row of W + ΔW, as DoRA does.
+        lr_ratio: learning rate of what B_l is made of, divided by that of the rest (LoRA+); 1 is no difference.
         checksums: SHA-256 of each frozen random tensor. Recorded by training, checked when the adapter is restored.
 
     Raises:
@@ -36,29 +38,39 @@ class VariantConfig:
     std_B: float | None = None
     seed: int = 1234
     layer_selection: list[int] | None = None
+    dora: bool = False
+    lr_ratio: float = 1.0
     checksums: dict[str, str] | None = None
 
     def __post_init__(self):
         check_list("target_modules", self.target_modules, str)
         if self.layer_selection is not None:
             check_list("layer_selection", self.layer_selection, int)
-        for name in ("alpha", "dropout", "std_A", "std_B"):
+        for name in ("alpha", "dropout", "std_A", "std_B", "lr_ratio"):
             value = getattr(self, name)
-            if value is None and name != "dropout":
+            if value is None and name in ("alpha", "std_A", "std_B"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UsageError(name, value, "must be a number")
+            check_number(name, value)
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank <= 0:
             raise UsageError("rank", self.rank, "must be a whole number > 0")
         if self.alpha is not None and not self.alpha > 0:
             raise UsageError("alpha", self.alpha, "must be > 0, or null for alpha = rank")
         if not 0 <= self.dropout < 1:
             raise UsageError("dropout", self.dropout, "must be at least 0 and less than 1")
+        if not self.lr_ratio > 0:
+            raise UsageError("lr_ratio", self.lr_ratio, "must be > 0")
+        check_choice("dora", self.dora, (True, False))
         for matrix in ("A", "B"):
             check_choice(f"init_{matrix}", getattr(self, f"init_{matrix}"), STD)
             std = getattr(self, f"std_{matrix}")
             if std is not None and not std > 0:
                 raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
+
+
+def check_number(name: str, given: object) -> None:
+    """Raise ``UsageError`` unless ``given`` is a number."""
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise UsageError(name, given, "must be a number")
 
 
 def check_list(name: str, given: object, kind: type) -> None:
@@ -70,7 +82,7 @@ def check_list(name: str, given: object, kind: type) -> None:
         )
 
 
-def parts(name: str, given: Iterable[str], valid: tuple[str, ...]) -> list[str]:
+def parts(name: str, given: Iterable[str], valid: Collection[str]) -> list[str]:
     """The named parts in canonical order, each once; ``AB`` and ``[A, B]`` mean the same."""
     if not isinstance(given, str | list | tuple):
         raise UsageError(name, given, f"write a list of some of {', '.join(valid)}")

@@ -16,6 +16,8 @@ STD = {
     "xavier": lambda fan_out, fan_in: math.sqrt(2 / (fan_in + fan_out)),
 }
 CONSTANTS = {"zeros": 0.0, "ones": 1.0}
+#: Starts as the length of each row of the layer's frozen weight.
+ROW_NORMS = "row_norms"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Init:
 
     Args:
         kind: ``normal`` (std 1/sqrt(fan_in), so that it does not depend on the width), ``kaiming_uniform``
-            (a=sqrt(5)), ``kaiming_normal``, ``xavier`` (normal), ``zeros`` or ``ones``.
+            (a=sqrt(5)), ``kaiming_normal``, ``xavier`` (normal), ``zeros`` or ``ones``; or ``row_norms``, the lengths
+            of the rows of the layer's frozen weight.
         std: standard deviation to use in place of the one that ``kind`` derives from the shape.
 
     Raises:
@@ -35,13 +38,13 @@ class Init:
     std: float | None = None
 
     def __post_init__(self):
-        check_choice("init", self.kind, (*STD, *CONSTANTS))
-        if self.std is not None and (self.kind in CONSTANTS or not self.std > 0):
+        check_choice("init", self.kind, (*STD, *CONSTANTS, ROW_NORMS))
+        if self.std is not None and (self.kind not in STD or not self.std > 0):
             raise UsageError("std", self.std, f"must be > 0, and goes with {', '.join(STD)} only")
 
     @property
     def random(self) -> bool:
-        return self.kind not in CONSTANTS
+        return self.kind in STD
 
     def draw(self, shape: tuple[int, ...], seed: int, key: str) -> torch.Tensor:
         """The whole (unsharded) float32 tensor called ``key``.

@@ -3,10 +3,12 @@
 from dataclasses import fields
 from typing import Any
 
-from nemo_tiedlora.errors import UsageError, closest
-from nemo_tiedlora.variants.base import Variant
+from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.variants.base import Site, Variant
 from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
 from nemo_tiedlora.variants.config import VariantConfig
+from nemo_tiedlora.variants.dora import Dora
+from nemo_tiedlora.variants.dynamic import Dynamic, DynamicConfig
 from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import Tied, TiedConfig
 
@@ -16,7 +18,10 @@ SCHEMES: dict[str, tuple[type[VariantConfig], dict[str, Any], type[Variant]]] = 
     "vera": (TiedConfig, {"preset": "VeRA"}, Tied),
     "share_lora": (SharedConfig, {}, Shared),
     "cond_lora": (ConditionalConfig, {}, Conditional),
+    "dyna_lora": (DynamicConfig, {}, Dynamic),
 }
+#: What DynaLoRA can be put over: all others, and plain LoRA, which NeMo has a scheme of its own for.
+INNER = {"lora": (TiedConfig, {"preset": "LoRA"}, Tied)} | {k: v for k, v in SCHEMES.items() if k != "dyna_lora"}
 
 _VARIANTS = {config: variant for config, _, variant in SCHEMES.values()}
 
@@ -25,11 +30,30 @@ def config_for(scheme: str, settings: dict[str, Any]) -> VariantConfig:
     """A scheme's config from a plain mapping, e.g. a YAML section.
 
     Raises:
-        UsageError: unknown scheme or field (with the closest name), or a value that the config refuses.
+        UsageError: unknown scheme or field (with the closest name), a value that the config refuses, or a combination
+            that makes no sense.
     """
     if scheme not in SCHEMES:
         raise UsageError("peft_scheme", scheme, closest(scheme, SCHEMES))
-    config_class, defaults, _ = SCHEMES[scheme]
+    config = _config(SCHEMES, scheme, settings)
+    if isinstance(config, DynamicConfig):
+        inner_config(config)
+    return config
+
+
+def inner_config(config: DynamicConfig) -> VariantConfig:
+    """The config of the method that DynaLoRA is put over."""
+    if config.inner == "dyna_lora":
+        raise UsageError("inner", config.inner, "its modules take turns already; name another method")
+    check_choice("inner", config.inner, INNER)
+    try:
+        return _config(INNER, config.inner, config.inner_settings())
+    except UsageError as error:
+        raise (error.under("settings") if error.field in config.settings else error) from None
+
+
+def _config(schemes: dict, scheme: str, settings: dict[str, Any]) -> VariantConfig:
+    config_class, defaults, _ = schemes[scheme]
     known = {item.name for item in fields(config_class)}
     for name in settings:
         if name not in known:
@@ -38,5 +62,17 @@ def config_for(scheme: str, settings: dict[str, Any]) -> VariantConfig:
 
 
 def build(config: VariantConfig, layers: int) -> Variant:
-    """The source of factors that ``config`` describes, for a model of ``layers`` layers."""
-    return _VARIANTS[type(config)](config, layers)
+    """The source of factors that ``config`` describes, for a model of ``layers`` layers.
+
+    Raises:
+        UsageError: a combination that makes no sense.
+    """
+    if isinstance(config, DynamicConfig):
+        return Dynamic(config, build(inner_config(config), layers))
+    variant = _VARIANTS[type(config)](config, layers)
+    if config.lr_ratio != 1:
+        factors = {spec.factor for spec in variant.tensors(Site("", 0, 1, 1)).values() if spec.trained}
+        if not {"A", "B"} <= factors:
+            only = " and ".join(sorted(factors - {""}))
+            raise UsageError("lr_ratio", config.lr_ratio, f"nothing to tell apart: only {only} is trained; set it to 1")
+    return Dora(config, variant) if config.dora else variant

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import groups as grouping
-from nemo_tiedlora.variants.base import AXES, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
+from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
 from nemo_tiedlora.variants.config import VariantConfig, parts
 from nemo_tiedlora.variants.init import Init
-
-PARTS = ("A", "B", "u", "v")
 
 
 @dataclass(kw_only=True)
@@ -91,11 +89,9 @@ class Shared(Variant):
             "u": Init("ones"),
             "v": Init("zeros"),
         }
-        owner = {"A": self.leader.get(site.layer, site.layer), "B": self.leader.get(site.layer, site.layer)}
-        return {
-            part: TensorSpec(f"{site.target}.{owner.get(part, site.layer)}.{part}", AXES[part], inits[part], True)
-            for part in config.train
-        }
+        leader = self.leader.get(site.layer, site.layer)
+        owner = {"A": leader, "B": leader, "u": site.layer, "v": site.layer}
+        return {part: PARTS[part].spec(f"{site.target}.{owner[part]}.{part}", inits[part]) for part in config.train}
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         return Factors(*fold(tensors), self.scale)

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
-from nemo_tiedlora.variants.base import AXES, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
+from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
 from nemo_tiedlora.variants.config import VariantConfig, parts
 from nemo_tiedlora.variants.init import Init
-
-PARTS = ("A", "B", "u", "v")
 
 #: Paper, table 1: what each named configuration trains, and what it ties.
 PRESETS: dict[str, tuple[str, str]] = {
@@ -97,7 +95,7 @@ class Tied(Variant):
                 continue  # frozen at 1: diag(1) A is A
             tied = part in self.config.tie
             key = f"{site.target}.{part}" if tied else f"{site.target}.{site.layer}.{part}"
-            specs[part] = TensorSpec(key, AXES[part], self.inits[part], trained)
+            specs[part] = PARTS[part].spec(key, self.inits[part], trained)
         return specs
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:

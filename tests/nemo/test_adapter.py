@@ -197,6 +197,7 @@ SCHEMES = {
     "tied_lora": {},
     "share_lora": {"groups": [[0, 1], [2, 3]], "train": ["A", "B", "u", "v"]},
     "cond_lora": {},
+    "dyna_lora": {"inner": "tied_lora", "period": 4},
 }
 EVERY_MATRIX = ["attention_q", "attention_k", "attention_v", "attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]
 
@@ -251,6 +252,90 @@ def test_every_scheme_trains_on_every_target(finetuning, scheme):
     assert sum(losses[-8:]) < sum(losses[:8])
     for name, tensor in model.named_parameters():
         assert torch.equal(tensor, before[name]) is (name not in model.adapter_keys), name
+
+
+@pytest.mark.parametrize("o2", [False, True])
+def test_inactive_modules_stay_as_they_are(finetuning, o2):
+    """Also where gradients are kept in buffers that give every tensor one."""
+    settings = {"inner": "lora", "rank": 4, "active": 2, "schedule": "once", "period": 100}
+    model, trainer = finetuning(
+        peft_scheme="dyna_lora",
+        dyna_lora_tuning=settings,
+        trainer={"max_steps": 6, "precision": "bf16" if o2 else 32},
+        model={"megatron_amp_O2": o2},
+    )
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if name in model.adapter_keys}
+    trainer.fit(model)
+    moved = {
+        name.split(".layers.")[1][0]
+        for name, tensor in model.named_parameters()
+        if name in before and not torch.equal(tensor, before[name])
+    }
+    dynamic = model.factor_banks["dyna_lora"].variant
+    assert moved == {str(site.layer) for site in dynamic.active}
+    assert dynamic.step == 6 and all(score > 0 for score in dynamic.importance)
+
+
+@pytest.mark.parametrize("inner", ["lora", "cond_lora"])
+def test_dora_and_two_learning_rates_train_in_nemo(finetuning, inner):
+    settings = {"inner": inner, "rank": 4, "dora": True, "lr_ratio": 4, "target_modules": ["attention_v", "mlp_fc2"]}
+    model, trainer = finetuning(peft_scheme="dyna_lora", dyna_lora_tuning=settings, trainer={"max_steps": 24})
+    losses = losses_of(model, trainer)
+    assert sum(losses[-8:]) < sum(losses[:8])
+    ratios = {group["lr_ratio"] for group in trainer.optimizers[0].param_groups}
+    assert ratios == {1, 4}
+
+
+def test_two_adapters_work_side_by_side(finetuning, tmp_path):
+    """NeMo's LoRA, a tied and a shared adapter on one layer: trained together, switched on and off one by one, saved
+    in one file, and loaded from it."""
+    from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+
+    names = ("lora", "tied_lora", "share_lora")
+    sections = dict(lora_tuning=toy.LORA, tied_lora_tuning={"rank": 4}, share_lora_tuning={"rank": 2})
+    plain, _ = finetuning(peft_scheme="none")
+    model, trainer = finetuning(peft_scheme=",".join(names), trainer={"max_steps": 6}, **sections)
+    trainer.fit(model)
+    linear = model.model.decoder.layers[1].self_attention.linear_qkv
+    together = logits(model)
+    parts = [name for name in linear.adapter_layer]
+    assert parts == ["tied_lora_attention_qkv", "share_lora_attention_qkv"]
+    for part in parts:
+        for layer in model.model.decoder.layers:
+            layer.self_attention.linear_qkv.set_enabled_adapters(part, enabled=False)
+        assert not torch.equal(logits(model), together)
+    assert not linear.is_adapter_available() or not linear.get_enabled_adapters()
+    for layer in model.model.decoder.layers:
+        layer.self_attention.set_enabled_adapters(enabled=False)
+    assert torch.equal(logits(model), logits(plain))
+    for layer in model.model.decoder.layers:
+        layer.self_attention.set_enabled_adapters(enabled=True)
+        layer.self_attention.linear_qkv.set_enabled_adapters(enabled=True)
+    assert torch.equal(logits(model), together)
+
+    assert set(model.get_peft_state_dict()) == model.adapter_keys
+    model.save_to(str(tmp_path / "both.nemo"))
+    fresh, _ = finetuning(peft_scheme="none")
+    configs = [PEFT_CONFIG_MAP[name](model.cfg) for name in names]
+    fresh.load_adapters(str(tmp_path / "both.nemo"), configs)
+    assert torch.equal(logits(fresh), together)
+
+
+def test_every_scheme_has_an_adapter_class_and_config_of_its_own(host):
+    from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter
+    from nemo.utils.model_utils import import_class_by_path
+
+    from nemo_tiedlora import register
+    from nemo_tiedlora.nemo import adapter
+    from nemo_tiedlora.nemo.mixins import LOCAL
+
+    register()
+    names = ["TiedLoraAdapter", "VeraAdapter", "ShareLoraAdapter", "CondLoraAdapter", "DynaLoraAdapter"]
+    for name, config in zip(names, adapter.ADAPTER_CONFIGS.values(), strict=True):
+        assert config.__name__ == f"{name}Config"
+        assert import_class_by_path(config._target_) is getattr(adapter, name)
+    for adapted in LOCAL.values():
+        assert get_registered_adapter(adapted.__bases__[0]).adapter_class is adapted
 
 
 def test_conditional_factors_on_a_single_matrix_use_its_rows_of_the_weight(finetuning):

@@ -60,12 +60,12 @@ def test_folds_every_scale_into_the_small_factors():
     """u, v and alpha cost no operation of the size of an activation: beside x Aᵀ and + h Bᵀ there is none."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from nemo_tiedlora.variants import Bank, Site, TiedConfig, build
+    from nemo_tiedlora.variants import Bank, FrozenWeight, Site, TiedConfig, build
 
     tokens, fan_in, fan_out = 512, 32, 48
     site = Site("t", 0, fan_in, fan_out)
     bank = Bank(build(TiedConfig(preset="TL6", rank=4, alpha=6), 1))
-    bank.adopt(torch.nn.Module(), site)
+    bank.adopt(torch.nn.Module(), site, FrozenWeight(torch.zeros(fan_out, fan_in)))
     x, y = torch.randn(tokens, fan_in), torch.randn(tokens, fan_out)
     large = []
 
@@ -112,5 +112,5 @@ def test_computes_in_the_output_dtype():
 def test_the_gradient_reduction_sees_the_rank_sized_gradient_only():
     x, W, A, B = (tensor.requires_grad_() for tensor in tensors((5, 3)))
     seen = []
-    apply(x @ W.T, x, A, B, 1.0, lambda grad: seen.append(grad.shape) or grad).sum().backward()
+    apply(x @ W.T, x, A, B, 1.0, reduce_grad=lambda grad: seen.append(grad.shape) or grad).sum().backward()
     assert seen == [(15, 2)]

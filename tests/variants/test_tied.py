@@ -9,7 +9,7 @@ from torch import nn
 
 from nemo_tiedlora import variants
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants import PRESETS, Bank, Site, TiedConfig, build, count
+from nemo_tiedlora.variants import PRESETS, Bank, FrozenWeight, Site, TiedConfig, build, count
 
 LLAMA_7B = [Site("attention_qkv", layer, 4096, 12288) for layer in range(32)]
 GPT_2B = [Site("attention_qkv", layer, 2048, 6144) for layer in range(24)]
@@ -26,6 +26,10 @@ PUBLISHED = {
 }
 SUBSETS = [list(parts) for size in range(1, 5) for parts in itertools.combinations("ABuv", size)]
 TIES = [[], ["A"], ["B"], ["A", "B"]]
+
+
+def frozen(site, dtype=torch.float32):
+    return FrozenWeight(torch.zeros(site.out_features, site.in_features, dtype=dtype))
 
 
 def trainable(sites, **settings):
@@ -143,7 +147,7 @@ def test_a_frozen_factor_is_drawn_again_whatever_the_order_and_dtype():
     for sites in ([Site("mlp_fc1", 0, 6, 4), site], [site]):
         bank = Bank(build(TiedConfig(preset="VeRA", rank=2), 32))
         for each in sites:
-            bank.adopt(nn.Module(), each, dtype=torch.float64)
+            bank.adopt(nn.Module(), each, frozen(each, torch.float64))
         banks.append(bank)
     first, second = (bank.tensors(site) for bank in banks)
     assert torch.equal(first["A"], second["A"]) and torch.equal(first["B"], second["B"])
@@ -153,7 +157,7 @@ def test_a_frozen_factor_is_drawn_again_whatever_the_order_and_dtype():
 def test_a_frozen_factor_that_is_not_the_trained_one_is_refused():
     bank = Bank(build(TiedConfig(preset="VeRA", rank=2), 32), checksums={"q.A": "0" * 64})
     with pytest.raises(UsageError, match="not the one this adapter was trained against"):
-        bank.adopt(nn.Module(), Site("q", 0, 6, 10))
+        bank.adopt(nn.Module(), Site("q", 0, 6, 10), frozen(Site("q", 0, 6, 10)))
 
 
 def test_frozen_factors_are_no_parameters_and_are_not_saved():
@@ -177,14 +181,14 @@ def test_initialisers_have_their_standard_deviation(kind, matrix):
     config = TiedConfig(preset="VeRA", rank=50, **{f"init_{matrix}": kind})
     bank = Bank(build(config, 32))
     site = Site("t", 0, 400, 600)
-    bank.adopt(nn.Module(), site)
+    bank.adopt(nn.Module(), site, frozen(site))
     assert bank.tensors(site)[matrix].std().item() == pytest.approx(expected, rel=0.05)
 
 
 def test_an_explicit_standard_deviation_wins():
     bank = Bank(build(TiedConfig(preset="VeRA", rank=8, std_A=0.5), 32))
     site = Site("t", 0, 4000, 16)
-    bank.adopt(nn.Module(), site)
+    bank.adopt(nn.Module(), site, frozen(site))
     assert bank.tensors(site)["A"].std().item() == pytest.approx(0.5, rel=0.03)
 
 

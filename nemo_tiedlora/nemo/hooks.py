@@ -1,0 +1,82 @@
+"""Where NeMo's models meet the schemes: its PEFT map, its adapter registry and three methods of its adapter mixin."""
+
+from functools import partial, partialmethod
+from typing import Any
+
+from lightning.pytorch import Callback
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, register_adapter
+
+from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
+from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
+from nemo_tiedlora.variants import SCHEMES, Conductor, param_groups
+
+
+def register_schemes() -> None:
+    """Enter the schemes into NeMo (idempotent)."""
+    for scheme in SCHEMES:
+        PEFT_CONFIG_MAP.setdefault(scheme, partial(FactorPEFTConfig, scheme))
+    for adapted in (*LOCAL.values(), *TRANSFORMER_ENGINE.values()):
+        if get_registered_adapter(adapted.__bases__[0]) is None:
+            register_adapter(adapted.__bases__[0], adapted)
+    mixin = NLPAdapterModelMixin
+    if not isinstance(mixin.__dict__["tie_weights"], partialmethod):
+        mixin.tie_weights = partialmethod(_tie_weights, mixin.tie_weights)
+        mixin.setup_optimizer_param_groups = partialmethod(
+            _setup_optimizer_param_groups, mixin.setup_optimizer_param_groups
+        )
+        mixin.configure_callbacks = _configure_callbacks
+
+
+def _tie_weights(self, stock, peft_cfg):
+    """NeMo's ``tie_weights`` knows two PEFT configs by type; ask any other to do its own."""
+    return peft_cfg.tie_weights(self) if isinstance(peft_cfg, FactorPEFTConfig) else stock(self, peft_cfg)
+
+
+def _setup_optimizer_param_groups(self, stock):
+    """Our tensors in the groups that their methods want; everything once, though NeMo lists what is inside another
+    adapted module twice."""
+    stock(self)
+    banks = self.__dict__.get("factor_banks", {})
+    if not banks:
+        return
+    ours = [group for scheme, bank in banks.items() for group in param_groups(bank, scheme)]
+    placed = {id(tensor) for group in ours for tensor in group["params"]}
+    others = {id(p): p for group in self._optimizer_param_groups for p in group["params"] if id(p) not in placed}
+    self._optimizer_param_groups = (*([{"params": list(others.values())}] if others else []), *ours)
+
+
+def _configure_callbacks(self):
+    """Lightning asks before every fit, test and validation; what is there already keeps its state."""
+    callbacks = list(super(NLPAdapterModelMixin, self).configure_callbacks())
+    if self.__dict__.get("factor_banks"):
+        self.__dict__.setdefault("factor_callback", Conducting())
+        callbacks.append(self.factor_callback)
+    return callbacks
+
+
+class Conducting(Callback):
+    """Gives the optimizer of a training run its conductors, and keeps their state in checkpoints."""
+
+    def __init__(self):
+        self.conductors: dict[str, Conductor] = {}
+        self._loaded: dict[str, Any] = {}
+
+    def on_train_start(self, trainer, model):
+        optimizer = trainer.optimizers[0]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # NeMo wraps it to keep float32 copies
+        for scheme, bank in model.factor_banks.items():
+            self.conductors[scheme] = Conductor(optimizer, bank.variant, scheme)
+            if scheme in self._loaded:
+                self.conductors[scheme].load_state_dict(self._loaded[scheme])
+
+    def on_train_end(self, trainer, model):
+        for conductor in self.conductors.values():
+            conductor.leave()
+
+    def state_dict(self):
+        return {scheme: conductor.state_dict() for scheme, conductor in self.conductors.items()}
+
+    def load_state_dict(self, state):
+        self._loaded = state

@@ -1,0 +1,241 @@
+"""DynaLoRA: at any time only some modules train; all of them still add their factors to the output.
+
+    y_m = Σ_x ‖(W + ΔW) x‖_p        ŷ_m = y_m / Σ_k y_k                                        (equations 1 and 2)
+
+A module is one adapted layer of any other method. ``allocate`` chooses the next active ones from ŷ.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules, normalised
+from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, Variant, Wrapper
+from nemo_tiedlora.variants.config import VariantConfig, check_number
+
+
+@dataclass(kw_only=True)
+class DynamicConfig(VariantConfig):
+    """Settings of DynaLoRA, beside those of every method, which go to the inner one.
+
+    Args:
+        inner: the method whose modules take turns: ``lora``, ``vera``, ``tied_lora``, ``share_lora``, ``cond_lora``.
+        settings: the inner method's own settings, e.g. ``{preset: TL5}``.
+        allocator: ``topk``, ``threshold``, ``stochastic``, ``discounted_stochastic`` or ``random``.
+        active: k, how many modules are active; null means two thirds of them.
+        threshold: p of the ``threshold`` allocator, which takes no ``active``.
+        schedule: ``periodic``: choose anew every ``period`` steps; ``once``: a single time, after ``period`` steps.
+        period: in optimizer steps.
+        importance: ``forward``, the norm of the layer's output per sample; or ``backward``, the norm of the gradient
+            of its factors per micro-batch, which only active modules have.
+        norm: p of equation 1: 1 or 2.
+        optimizer: ``global``: one learning-rate schedule for all; ``local``: each tensor follows the schedule, and its
+            optimizer counts steps, by the steps it was active for.
+    """
+
+    inner: str = "lora"
+    settings: dict[str, Any] = field(default_factory=dict)
+    allocator: str = "discounted_stochastic"
+    active: int | None = None
+    threshold: float = 0.5
+    schedule: str = "periodic"
+    period: int = 50
+    importance: str = "forward"
+    norm: int = 2
+    optimizer: str = "global"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("allocator", self.allocator, ALLOCATORS)
+        check_choice("schedule", self.schedule, ("periodic", "once"))
+        check_choice("importance", self.importance, ("forward", "backward"))
+        check_choice("norm", self.norm, (1, 2))
+        check_choice("optimizer", self.optimizer, ("global", "local"))
+        if type(self.period) is not int or self.period < 1:
+            raise UsageError("period", self.period, "must be a whole number of steps > 0")
+        if self.active is not None and (type(self.active) is not int or self.active < 1):
+            raise UsageError("active", self.active, "must be a whole number > 0, or null for two thirds of the modules")
+        if self.active is not None and self.allocator == "threshold":
+            raise UsageError("active", self.active, "the threshold allocator takes as many as it needs; set threshold")
+        check_number("threshold", self.threshold)
+        if not 0 < self.threshold <= 1:
+            raise UsageError("threshold", self.threshold, "must be more than 0 and at most 1")
+        if not isinstance(self.settings, dict):
+            raise UsageError("settings", self.settings, "write a mapping, such as {preset: TL5}")
+
+    def inner_settings(self) -> dict[str, Any]:
+        """The inner method's settings: its own, and what was said here of those that every method has."""
+        said = {
+            item.name: getattr(self, item.name)
+            for item in fields(VariantConfig)
+            if item.name not in ("target_modules", "checksums") and getattr(self, item.name) != item.default
+        }
+        return {"target_modules": self.target_modules, "checksums": self.checksums} | said | self.settings
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One choice: the step it was made before, the active modules, and every module's ŷ then."""
+
+    step: int
+    active: list[str]
+    importance: dict[str, float]
+
+
+class Alone:
+    """One process: there is nothing to add up. Replaced where a sample, a layer or the data is spread over ranks."""
+
+    def within(self, powers: Tensor) -> Tensor:
+        """Σ|·|^p of each sample's whole values, from those of this rank's part: (parts, modules, samples)."""
+        return powers
+
+    def across(self, scores: Tensor) -> Tensor:
+        """Every module's score from all samples and all layers, from those of this rank: (modules,)."""
+        return scores
+
+
+class Dynamic(Wrapper):
+    """Any variant, of whose modules only the active ones get gradients.
+
+    The factors of an inactive module are constants, so it keeps no activations for them and computes no gradient of
+    them. ``start`` is called once with all modules, ``advance`` after every optimizer step, both at the same time on
+    all ranks; everything kept is the same on all ranks.
+
+    Attributes:
+        modules: the model's modules, in order.
+        active: those that train now.
+        step: optimizer steps taken.
+        importance: y_m of each module.
+        active_steps: how many steps each module was active for.
+        log: every choice made.
+    """
+
+    def __init__(self, config: DynamicConfig, inner: Variant):
+        super().__init__(config, inner)
+        self.modules: list[Site] = []
+        self.active: frozenset[Site] = frozenset()
+        self.step = 0
+        self.importance: list[float] = []
+        self.active_steps: list[int] = []
+        self.log: list[Allocation] = []
+        self._random = Random(config.seed)
+        #: Σ|·|^p of what was seen since the last step, one value per sample, by part and module.
+        self._seen: dict[tuple[str, Site], list[Tensor]] = {}
+
+    def decided(self) -> dict[str, Any]:
+        return {"settings": {**self.config.settings, **self.inner.decided()}}
+
+    def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
+        factors = self.inner.factors(site, tensors, weight)
+        if site not in self.active:
+            return Factors(*(part.detach() if isinstance(part, Tensor) else part for part in factors))
+        if self._scores("backward") and torch.is_grad_enabled():
+            factors = factors._replace(A=self._watched(site, "A", factors.A), B=self._watched(site, "B", factors.B))
+        return factors
+
+    def _scores(self, importance: str) -> bool:
+        config = self.config
+        needed = config.allocator != "random" and not (config.schedule == "once" and self.step >= config.period)
+        return needed and config.importance == importance
+
+    def _watched(self, site: Site, part: str, factor: Tensor) -> Tensor:
+        if not factor.requires_grad:
+            return factor
+        factor = factor.view_as(factor)  # a hook on a parameter itself would stay on it
+        factor.register_hook(lambda grad: self._note(site, part, grad[None]))
+        return factor
+
+    @property
+    def observes(self) -> bool:
+        return self._scores("forward") and torch.is_grad_enabled()  # not in the first pass of a recomputed layer
+
+    def observe(self, site: Site, output: Tensor) -> None:
+        self._note(site, "output", output)
+
+    def _note(self, site: Site, part: str, values: Tensor) -> None:
+        """Remember Σ|values|^p of each sample: (samples, ...)."""
+        values = values.detach().flatten(1)
+        precise = torch.promote_types(values.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(values, self.config.norm, dim=1, dtype=precise)
+        self._seen.setdefault((part, site), []).append(norms**self.config.norm)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the importance is made of."""
+        return ("output",) if self.config.importance == "forward" else ("A", "B")
+
+    def start(self, sites: Iterable[Site]) -> None:
+        self.modules = list(sites)
+        if (self.config.active or 1) > len(self.modules):
+            raise UsageError("active", self.config.active, f"there are {len(self.modules)} modules to choose from")
+        self.importance, self.active_steps = [0.0] * len(self.modules), [0] * len(self.modules)
+        self._allocate()
+
+    def advance(self, ranks: Alone | None = None) -> None:
+        """An optimizer step was taken: add up the scores, and choose anew if it is time."""
+        for number, module in enumerate(self.modules):
+            self.active_steps[number] += module in self.active
+        if self._scores(self.config.importance):
+            gained = self._gained(ranks or Alone())
+            self.importance = [score + more for score, more in zip(self.importance, gained, strict=True)]
+        self._seen.clear()
+        self.step += 1
+        if self.step == self.config.period or (
+            self.config.schedule == "periodic" and self.step % self.config.period == 0
+        ):
+            self._allocate()
+
+    def _gained(self, ranks: Alone) -> list[float]:
+        """Σ_x ‖·‖_p of each module over the samples of one step, by equation 1."""
+        seen = {name: torch.cat(powers) for name, powers in self._seen.items()}
+        samples = max(map(len, seen.values()), default=0)
+        device = next(iter(seen.values())).device if seen else None
+        powers = torch.zeros(len(self.parts), len(self.modules), samples, dtype=torch.float64, device=device)
+        for row, part in enumerate(self.parts):
+            for number, module in enumerate(self.modules):
+                if (part, module) in seen:
+                    powers[row, number, : len(seen[part, module])] = seen[part, module]
+        norms = ranks.within(powers).sum(0) ** (1 / self.config.norm)
+        return ranks.across(norms.sum(1)).tolist()
+
+    def _allocate(self) -> None:
+        config, modules = self.config, self.modules
+        choice = Modules(self.importance, [1 + steps for steps in self.active_steps])
+        k = config.active or math.ceil(2 * len(modules) / 3)
+        wanted = config.threshold if config.allocator == "threshold" else k
+        numbers = ALLOCATORS[config.allocator](choice, wanted, self._random)
+        self.active = frozenset(modules[number] for number in numbers)
+        names = [f"{module.target}.{module.layer}" for module in modules]
+        shares = dict(zip(names, normalised(self.importance), strict=True))
+        self.log.append(Allocation(self.step, [names[number] for number in numbers], shares))
+
+    def active_keys(self) -> set[str]:
+        """The keys of the tensors that some active module uses."""
+        return {spec.key for module in self.active for spec in self.tensors(module).values()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how it goes on; JSON can hold it."""
+        version, numbers, gauss = self._random.getstate()
+        return {
+            "step": self.step,
+            "active": [number for number, module in enumerate(self.modules) if module in self.active],
+            "importance": self.importance,
+            "active_steps": self.active_steps,
+            "log": [asdict(allocation) for allocation in self.log],
+            "random": [version, list(numbers), gauss],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, after ``start``."""
+        self.step = state["step"]
+        self.active = frozenset(self.modules[number] for number in state["active"])
+        self.importance, self.active_steps = list(state["importance"]), list(state["active_steps"])
+        self.log = [Allocation(**allocation) for allocation in state["log"]]
+        version, numbers, gauss = state["random"]
+        self._random.setstate((version, tuple(numbers), gauss))
