@@ -31,13 +31,16 @@ def main() -> None:
 
 @app.command()
 def params(
-    scheme: Annotated[str, typer.Option(help="tied_lora, vera, share_lora or cond_lora.")] = "tied_lora",
+    scheme: Annotated[str, typer.Option(help="tied_lora, vera, share_lora, cond_lora or dyna_lora.")] = "tied_lora",
     rank: Annotated[int, typer.Option(help="r.")] = 8,
     preset: Annotated[str | None, typer.Option(help="tied_lora: TL1 to TL6, VeRA or LoRA.")] = None,
     groups: Annotated[
         str | None, typer.Option(help="share_lora: lists as JSON, a file, odd_even or random_adjacent.")
     ] = None,
     rank_expansion: Annotated[str | None, typer.Option(help="share_lora: none, budget or a rank.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting of the scheme, as name=value; repeatable.")
+    ] = None,
     targets: Annotated[str, typer.Option(help="Target modules, separated by commas.")] = "attention_qkv",
     base: Annotated[Path | None, typer.Option(help="Take the shape from this .nemo.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
@@ -83,7 +86,7 @@ def params(
                 "activation": "fast-swiglu" if gated else "gelu",
             }
         )
-    settings = {"rank": rank, "target_modules": targets.split(",")}
+    settings = {"rank": rank, "target_modules": targets.split(","), **_settings(setting or [])}
     if preset is not None:
         settings["preset"] = preset
     if groups is not None:
@@ -194,6 +197,21 @@ def groups(
     calibrate.draw(matrix, found, picture)
     shown_facts = {name: result[name] for name in ("groups", "trainable", "percent_of_lora", "rank")}
     _show(shown_facts | {"file": str(out), "heat_map": str(picture)}, as_json)
+
+
+def _settings(given: list[str]) -> dict:
+    """``name=value`` as YAML would read them."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    for setting in given:
+        if "=" not in setting:
+            raise UsageError("set", setting, "write name=value, such as inner=vera")
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(given))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UsageError("set", given, f"not readable as YAML ({type(error).__name__})") from None
 
 
 def _lists(text: str) -> list:

@@ -6,6 +6,7 @@ Every scheme has a class and a config dataclass of its own here, ``TiedLoraAdapt
 
 import sys
 from dataclasses import dataclass, make_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,8 +86,9 @@ class FactorAdapterConfig(AdapterConfig):
     settings: dict[str, Any]
 
 
-def _config_class(scheme: str) -> type[FactorAdapterConfig]:
-    """The scheme's config dataclass; both its classes become names of this module."""
+@cache
+def adapter_config(scheme: str) -> type[FactorAdapterConfig]:
+    """The config dataclass of a scheme's adapters; it and the adapter class become names of this module."""
     module = sys.modules[__name__]
     name = "".join(word.title() for word in scheme.split("_")) + "Adapter"
     doc = f"A layer's adapter of scheme {scheme}."
@@ -97,5 +99,5 @@ def _config_class(scheme: str) -> type[FactorAdapterConfig]:
     return config
 
 
-#: Scheme → the config dataclass of its adapters.
-ADAPTER_CONFIGS = {scheme: _config_class(scheme) for scheme in SCHEMES}
+for _scheme in SCHEMES:
+    adapter_config(_scheme)

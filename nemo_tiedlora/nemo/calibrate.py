@@ -2,11 +2,88 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.files import replacing
+from nemo_tiedlora.variants.config import check_number
+from nemo_tiedlora.variants.groups import GROUPINGS
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to find layers that can share factors.
+
+    Args:
+        data: calibration text, JSONL or one text per line.
+        field: field of the JSONL rows.
+        samples: texts to use.
+        length: tokens of a text to use.
+        threshold: least similarity of layers that share.
+        similarity: ``angular`` or ``cosine``.
+        grouping: ``complete`` or ``greedy``.
+
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    data: str
+    field: str = "text"
+    samples: int = 256
+    length: int = 512
+    threshold: float = 0.85
+    similarity: str = "angular"
+    grouping: str = "complete"
+
+    def __post_init__(self):
+        check_choice("similarity", self.similarity, ("angular", "cosine"))
+        check_choice("grouping", self.grouping, GROUPINGS)
+        check_number("threshold", self.threshold)
+        for name in ("samples", "length"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise UsageError(name, getattr(self, name), "must be a whole number > 0")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Calibration":
+        """From a mapping under ``groups``."""
+        known = [item.name for item in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UsageError(name, settings[name], f"unknown setting; {closest(name, known)}").under("groups")
+        if "data" not in settings:
+            raise UsageError("groups.data", None, "name a calibration text, JSONL or one text per line")
+        try:
+            return cls(**settings)
+        except UsageError as error:
+            raise error.under("groups") from None
+
+
+def groups_file(calibration: Calibration, base: Path, path: Path) -> Path:
+    """Run ``tiedlora groups`` into ``path`` unless it is there, in a process of its own: Megatron's state is global.
+
+    All ranks may call it; rank 0 does the work.
+    """
+    if int(os.environ.get("RANK", 0)) == 0 and not path.exists():
+        alone = {name: value for name, value in os.environ.items() if name not in _RENDEZVOUS}
+        options = [f"--{name}={value}" for name, value in asdict(calibration).items()]
+        command = [sys.executable, "-m", "nemo_tiedlora.cli", "groups", f"--base={base}", f"--out={path}", *options]
+        done = subprocess.run(command, env=alone, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise UsageError("groups", asdict(calibration), "calibration failed; its message is above")
+    while not path.exists():
+        time.sleep(0.2)
+    return path
+
+
+#: What makes a process one of several ranks.
+_RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def read_texts(path: str | Path, samples: int, field: str = "text") -> list[str]:

@@ -17,11 +17,12 @@ from nemo_tiedlora import platform
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.files import write_text
+from nemo_tiedlora.nemo.calibrate import Calibration, groups_file
 from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, scheme_of
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
-from nemo_tiedlora.variants import SCHEMES, TiedConfig, VariantConfig, config_for
+from nemo_tiedlora.variants import SCHEMES, Dynamic, TiedConfig, VariantConfig, config_for
 
 #: The data sections of the config.
 SECTIONS = ("train_ds", "validation_ds", "test_ds")
@@ -61,6 +62,7 @@ def finetune(cfg: DictConfig) -> Path:
         use_one_thread()
     with open_dict(cfg):
         cfg.model.restore_from_path = str(path)
+    _find_groups(cfg, folder)
     with quiet(not cfg.verbose) as results, platform.host():
         return _run(cfg, base, as_asked, results)
 
@@ -119,6 +121,16 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
             if data.get(section) and not data[section].get("index_mapping_dir"):
                 # NeMo would put its line index beside the data, which may be read-only.
                 data[section].index_mapping_dir = str(folder / "index")
+
+
+def _find_groups(cfg: DictConfig, folder: Path) -> None:
+    """ShareLoRA: where the groups are to be found by calibration, find them, once per run."""
+    section = cfg.model.peft[f"{cfg.model.peft.peft_scheme}_tuning"] if scheme_of(cfg) in SCHEMES else {}
+    section = section.get("settings") or section
+    groups = section.get("groups")
+    if isinstance(groups, DictConfig):
+        calibration = Calibration.of(OmegaConf.to_container(groups))
+        section.groups = str(groups_file(calibration, cfg.model.restore_from_path, folder / "groups" / "groups.json"))
 
 
 def _take_saved_settings(cfg: DictConfig) -> None:
@@ -188,6 +200,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
     }
     path = folder / "summary.json"
     if trainer.is_global_zero:
+        _write_allocations(model, folder)
         write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     say.samples(samples)
     say(
@@ -198,6 +211,13 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
         f"{path}"
     )
     return path
+
+
+def _write_allocations(model, folder: Path) -> None:
+    """DynaLoRA: who was active when, for ``tiedlora analyze allocation``."""
+    for bank in model.__dict__.get("factor_banks", {}).values():
+        if isinstance(bank.variant, Dynamic):
+            write_text(folder / "allocations.json", json.dumps(bank.variant.history(), indent=1) + "\n")
 
 
 def _where_saved(trainer, folder: Path) -> str:

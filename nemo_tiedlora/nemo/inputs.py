@@ -12,6 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
 from nemo_tiedlora.nemo.sizes import check_fit
 from nemo_tiedlora.nemo.targets import is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
@@ -74,7 +75,13 @@ def scheme_of(cfg: DictConfig) -> str:
 def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> None:
     """Check one of our schemes' settings against the base's layers."""
     try:
-        config = config_for(scheme, OmegaConf.to_container(section) if section else {})
+        settings = OmegaConf.to_container(section) if section else {}
+        shared = settings if scheme == "share_lora" else settings.get("settings") or {}
+        if isinstance(shared.get("groups"), dict):  # found later
+            calibration = Calibration.of(shared["groups"])
+            read_texts(calibration.data, 1, calibration.field)
+            shared["groups"] = []
+        config = config_for(scheme, settings)
         for layer in config.layer_selection or ():
             if not 1 <= layer <= base.num_layers:
                 raise UsageError("layer_selection", layer, f"the base has layers 1 to {base.num_layers}")

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins import MCoreAdapterModuleMixin
 
-from nemo_tiedlora.nemo.adapter import ADAPTER_CONFIGS
+from nemo_tiedlora.nemo.adapter import adapter_config
+from nemo_tiedlora.variants import SCHEMES
 
 
 class AdaptedLinearMixin(MCoreAdapterModuleMixin):
@@ -20,7 +21,7 @@ class AdaptedLinearMixin(MCoreAdapterModuleMixin):
     """
 
     def mcore_register_adapters(self):
-        self.set_accepted_adapter_types([config._target_ for config in ADAPTER_CONFIGS.values()])
+        self.set_accepted_adapter_types([adapter_config(scheme)._target_ for scheme in SCHEMES])
 
     def add_adapter(self, name, cfg, **kwargs):
         super().add_adapter(name, cfg, **kwargs)

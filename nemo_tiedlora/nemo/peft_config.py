@@ -5,7 +5,7 @@ from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.adapter import ADAPTER_CONFIGS
+from nemo_tiedlora.nemo.adapter import adapter_config
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import TARGETS, expand, is_gated, rows, shape
@@ -33,7 +33,7 @@ class FactorPEFTConfig(PEFTConfig):
         adapters, self.name_key_to_mcore_mixins = {}, {}
         for target in self.targets:
             where = TARGETS[target]
-            adapters[self.adapter_name(target)] = ADAPTER_CONFIGS[scheme](
+            adapters[self.adapter_name(target)] = adapter_config(scheme)(
                 target, where.parallel, self.config.dropout, self.settings
             )
             self.name_key_to_mcore_mixins[self.adapter_name(target)] = [(where.path, mixins[where.parallel])]

@@ -7,7 +7,7 @@ A module is one adapted layer of any other method. ``allocate`` chooses the next
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from random import Random
 from typing import Any
 
@@ -26,7 +26,7 @@ class DynamicConfig(VariantConfig):
 
     Args:
         inner: the method whose modules take turns: ``lora``, ``vera``, ``tied_lora``, ``share_lora``, ``cond_lora``.
-        settings: the inner method's own settings, e.g. ``{preset: TL5}``.
+        settings: the inner method's own settings, e.g. ``{preset: TL5}``; null for none.
         allocator: ``topk``, ``threshold``, ``stochastic``, ``discounted_stochastic`` or ``random``.
         active: k, how many modules are active; null means two thirds of them.
         threshold: p of the ``threshold`` allocator, which takes no ``active``.
@@ -40,7 +40,7 @@ class DynamicConfig(VariantConfig):
     """
 
     inner: str = "lora"
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] | None = None
     allocator: str = "discounted_stochastic"
     active: int | None = None
     threshold: float = 0.5
@@ -52,6 +52,7 @@ class DynamicConfig(VariantConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self.settings = {} if self.settings is None else self.settings
         check_choice("allocator", self.allocator, ALLOCATORS)
         check_choice("schedule", self.schedule, ("periodic", "once"))
         check_choice("importance", self.importance, ("forward", "backward"))
@@ -211,9 +212,17 @@ class Dynamic(Wrapper):
         wanted = config.threshold if config.allocator == "threshold" else k
         numbers = ALLOCATORS[config.allocator](choice, wanted, self._random)
         self.active = frozenset(modules[number] for number in numbers)
-        names = [f"{module.target}.{module.layer}" for module in modules]
+        names = self._names()
         shares = dict(zip(names, normalised(self.importance), strict=True))
         self.log.append(Allocation(self.step, [names[number] for number in numbers], shares))
+
+    def _names(self) -> list[str]:
+        return [f"{module.target}.{module.layer}" for module in self.modules]
+
+    def history(self) -> dict[str, Any]:
+        """Every module's number of active steps, and every choice made; JSON can hold it."""
+        log = [asdict(allocation) for allocation in self.log]
+        return {"steps": self.step, "modules": self._names(), "active_steps": self.active_steps, "log": log}
 
     def active_keys(self) -> set[str]:
         """The keys of the tensors that some active module uses."""

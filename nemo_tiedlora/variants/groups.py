@@ -78,6 +78,8 @@ def read(path: str | Path) -> Groups:
 
 def check(groups: Groups, layers: int) -> Groups:
     """The groups in canonical order, once they are disjoint sets of at least two of the model's layers."""
+    if isinstance(groups, dict):
+        raise UsageError("groups", groups, "only the fine-tuning job calibrates; run tiedlora groups and name its file")
     if not isinstance(groups, list | tuple):
         raise UsageError("groups", groups, f"write lists of layers, a file, or {' or '.join(RULES)}")
     seen: set[int] = set()

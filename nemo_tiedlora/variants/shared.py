@@ -24,7 +24,8 @@ class SharedConfig(VariantConfig):
 
     Args:
         groups: lists of 0-based layers that share, e.g. ``[[16, 17], [18, 19]]``; or the JSON file that
-            ``tiedlora groups`` wrote; or ``odd_even``; or ``random_adjacent`` (drawn from ``seed``).
+            ``tiedlora groups`` wrote; or ``odd_even``; or ``random_adjacent`` (drawn from ``seed``). The fine-tuning
+            job also takes a mapping, such as ``{data: text.jsonl, threshold: 0.85}``, and finds the groups first.
         shared_layers: for ``random_adjacent``, how many layers follow the one before them; null means a third.
         rank_expansion: ``none``; ``budget``, the largest rank that costs no more than unshared LoRA of ``rank``; or
             the rank to use, as a number.

@@ -45,24 +45,31 @@ def last_checkpoint(folder):
 
 #: A short run of the built-in task with an optimizer state, dropout and validations to lose.
 SHORT = (
-    "model.peft.peft_scheme=tied_lora",
     "trainer.max_steps=60",
     "trainer.val_check_interval=20",
     "trainer.limit_val_batches=1",
-    "model.peft.tied_lora_tuning.dropout=0.1",
     "model.data.validation_ds.metric.name=loss",
 )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum):
+TIED = ("model.peft.peft_scheme=tied_lora", "model.peft.tied_lora_tuning.dropout=0.1")
+DYNAMIC = (
+    "model.peft.peft_scheme=dyna_lora",
+    "model.peft.dyna_lora_tuning.dropout=0.1",
+    "model.peft.dyna_lora_tuning.period=7",
+    "model.peft.dyna_lora_tuning.optimizer=local",
+)
+
+
+@pytest.mark.parametrize(("signum", "scheme"), [(signal.SIGINT, TIED), (signal.SIGTERM, DYNAMIC)])
+def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum, scheme):
     import torch
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole = start(tmp_path / "whole", *SHORT)
+    whole = start(tmp_path / "whole", *SHORT, *scheme)
     assert finish(whole)[0] == 0
-    cut = start(tmp_path / "cut", *SHORT)
+    cut = start(tmp_path / "cut", *SHORT, *scheme)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "cut").rglob("*step=20*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -72,7 +79,7 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum):
     assert "The same command continues from there." in out
     step = last_checkpoint(tmp_path / "cut")["global_step"]
     assert 20 <= step < 60
-    code, out, err = finish(start(tmp_path / "cut", *SHORT))
+    code, out, err = finish(start(tmp_path / "cut", *SHORT, *scheme))
     assert code == 0, err[-2000:]
     assert "resuming from" in out
     ours, reference = last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole")
@@ -132,6 +139,40 @@ def test_every_scheme_runs_through_the_same_script(tmp_path, scheme):
     facts = summary(out, tmp_path)
     assert facts["scheme"] == scheme and facts["trainable"] > 0 and Path(facts["adapter"]).is_file()
     assert "NeMo I" not in out + err and "NeMo W" not in err, err[-2000:]
+
+
+def test_groups_are_found_first_and_modules_take_turns(tmp_path):
+    """DynaLoRA over ShareLoRA whose groups come from a text: the run's folder says what was found and who trained."""
+    (tmp_path / "text.txt").write_text("In line: Emma Ben Vera Leo.\nIn line: Anna Carl Kate Mary Jack.\n")
+    calibration = "{data: text.txt, threshold: 0.5}"
+    missing = "model.peft.share_lora_tuning.groups={data: missing.txt}"
+    code, _, err = finish(start(tmp_path, "model.peft.peft_scheme=share_lora", missing))
+    assert code == 2 and "missing.txt': no such file" in err and err.count("\n") == 1
+    code, out, err = finish(
+        start(
+            tmp_path,
+            "model.peft.peft_scheme=dyna_lora",
+            "model.peft.dyna_lora_tuning.inner=share_lora",
+            f"model.peft.dyna_lora_tuning.settings={{groups: {calibration}}}",
+            "model.peft.dyna_lora_tuning.period=5",
+            "trainer.max_steps=12",
+            "trainer.val_check_interval=12",
+        )
+    )
+    assert code == 0, err[-2000:]
+    facts = summary(out, tmp_path)
+    run = (tmp_path / out.splitlines()[-1]).parent
+    found = json.loads((run / "groups" / "groups.json").read_text())
+    history = json.loads((run / "allocations.json").read_text())
+    assert [entry["step"] for entry in history["log"]] == [0, 5, 10]
+    assert sum(history["active_steps"]) == 12 * 3  # two thirds of four layers
+    inspected = subprocess.run(
+        [sys.executable, "-m", "nemo_tiedlora.cli", "inspect", "--json", facts["adapter"]],
+        env=toy.FRESH, capture_output=True, text=True,
+    )  # fmt: skip
+    saved = json.loads(inspected.stdout)
+    assert saved["scheme"] == "dyna_lora" and saved["settings"]["groups"] == found["groups"]
+    assert saved["trainable"] == facts["trainable"] == found["trainable"]
 
 
 def test_training_goes_on_from_a_saved_adapter_with_its_settings(tmp_path):

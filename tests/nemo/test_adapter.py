@@ -1,8 +1,10 @@
 """Tied-LoRA inside NeMo: real Megatron layers, real training, real ``.nemo`` files."""
 
+import re
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,12 +332,57 @@ def test_every_scheme_has_an_adapter_class_and_config_of_its_own(host):
     from nemo_tiedlora.nemo.mixins import LOCAL
 
     register()
-    names = ["TiedLoraAdapter", "VeraAdapter", "ShareLoraAdapter", "CondLoraAdapter", "DynaLoraAdapter"]
-    for name, config in zip(names, adapter.ADAPTER_CONFIGS.values(), strict=True):
+    names = ["TiedLora", "Vera", "ShareLora", "CondLora", "DynaLora"]
+    for name, scheme in zip(names, ["tied_lora", "vera", "share_lora", "cond_lora", "dyna_lora"], strict=True):
+        name, config = f"{name}Adapter", adapter.adapter_config(scheme)
         assert config.__name__ == f"{name}Config"
         assert import_class_by_path(config._target_) is getattr(adapter, name)
     for adapted in LOCAL.values():
         assert get_registered_adapter(adapted.__bases__[0]).adapter_class is adapted
+
+
+def test_the_method_of_the_documentation_works_everywhere(finetuning):
+    """docs/adding-a-method.md: one class and one line; then NeMo trains it, and DynaLoRA and DoRA go over it."""
+    from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+    from omegaconf import OmegaConf
+    from stack import Layers, follows
+
+    from nemo_tiedlora import register, variants
+    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.variants import SCHEMES, config_for
+
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    scope = {"__name__": "page"}
+    sys.modules["page"] = type(sys)("page")  # dataclasses look their module up
+    try:
+        exec("\n".join(blocks), scope)
+        register()
+        config = config_for("core_lora", {"rank": 2, "alpha": 3.0, "std_R": 0.5})
+        torch.manual_seed(0)
+        model = Layers()
+        bank = variants.attach(model, config, ["qkv"])
+        named = bank.named_tensors()
+
+        def reference(x):
+            for number, layer in enumerate(model.layers):
+                base, R = layer["qkv"].base, named[f"qkv.{number}.R"]
+                h = x @ named["qkv.A"].T @ R.T @ named["qkv.B"].T
+                x = torch.tanh((x @ base.weight.T + base.bias + 1.5 * h)[..., :6])
+            return x
+
+        assert follows(model, named, reference) == {f"qkv.{number}.R" for number in range(3)}
+        llama = {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32}
+        assert sizes(config_for("core_lora", {}), OmegaConf.create(llama)).trainable == 2048
+        for scheme, settings in (("core_lora", {"dora": True}), ("dyna_lora", {"inner": "core_lora"})):
+            tuning = {f"{scheme}_tuning": {"rank": 4} | settings}
+            model, trainer = finetuning(peft_scheme=scheme, trainer={"max_steps": 24}, **tuning)
+            losses = losses_of(model, trainer)
+            assert sum(losses[-8:]) < sum(losses[:8])
+    finally:
+        SCHEMES.pop("core_lora", None)
+        PEFT_CONFIG_MAP.pop("core_lora", None)
+        del sys.modules["page"]
 
 
 def test_conditional_factors_on_a_single_matrix_use_its_rows_of_the_weight(finetuning):
