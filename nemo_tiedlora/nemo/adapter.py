@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from nemo.collections.common.parts.adapter_modules import AdapterModuleUtil
 from nemo.core.classes.mixins import adapter_mixin_strategies
 from nemo.core.classes.mixins.adapter_mixins import AdapterConfig
@@ -18,8 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from nemo_tiedlora.ops import apply
-from nemo_tiedlora.parallel.cut import SHARDED_AXIS, mark, sum_over_tensor_ranks
-from nemo_tiedlora.variants import SCHEMES, Bank, FrozenWeight, Site
+from nemo_tiedlora.parallel.cut import mark, tensor_ranks
+from nemo_tiedlora.parallel.exchange import EXCHANGES
+from nemo_tiedlora.parallel.weight import ShardedWeight
+from nemo_tiedlora.variants import SCHEMES, Bank, Factors, FrozenWeight, Site
 
 
 class FactorAdapter(nn.Module, AdapterModuleUtil):
@@ -34,9 +36,14 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         settings: the scheme's settings, for the record that NeMo keeps of every adapter.
     """
 
-    def __init__(self, target: str, parallel: str, dropout: float, settings: dict[str, Any], **_):
+    def __init__(
+        self, target: str, parallel: str, dropout: float, settings: dict[str, Any], model_parallel_config=None, **_
+    ):
         super().__init__()
         self.target, self.parallel, self.dropout = target, parallel, dropout
+        self.sharded = tensor_ranks()[0] > 1
+        # NeMo switches this off, by name, while it generates.
+        self.sequence_parallel = self.sharded and bool(getattr(model_parallel_config, "sequence_parallel", False))
         self.setup_adapter_strategy(adapter_mixin_strategies.ReturnResultAdapterStrategy())
 
     def bind(self, bank: Bank, site: Site, linear: nn.Module, rows: torch.Tensor | None) -> None:
@@ -45,17 +52,25 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         Args:
             rows: the rows of a fused ``linear`` that the target addresses; None means all.
         """
-        self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
-        bank.adopt(self, site, FrozenWeight(linear.weight, self._rows))
         # Not as submodules: a shared tensor must appear once in the model's parameters.
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "_linear", linear)
         self._site = site
+        self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
+        bank.adopt(self, site, self.frozen())
         for name, spec in bank.variant.tensors(site).items():
             if spec.trained and name in self._parameters:
-                mark(self._parameters[name], spec, SHARDED_AXIS[self.parallel])
-        sharded = self.parallel == "column" and parallel_state.get_tensor_model_parallel_world_size() > 1
-        self._reduce_grad = sum_over_tensor_ranks if sharded else None
+                mark(self._parameters[name], spec, self.parallel)
+
+    def frozen(self) -> FrozenWeight:
+        """This rank's part of the layer's frozen weight."""
+        if self.sharded:
+            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.sequence_parallel)
+        return FrozenWeight(self._linear.weight, self._rows)
+
+    def factors(self) -> Factors:
+        """This rank's part of the layer's A, B, scale and gain."""
+        return self._bank.factors(self._site, self.frozen())
 
     def forward(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied.
@@ -63,17 +78,25 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         Args:
             bias: what the frozen layer has added to ``output`` beside its product with ``x``: (out,).
         """
-        weight = self._linear.weight
-        A, B, scale, gain = self._bank.factors(self._site, FrozenWeight(weight, self._rows))
+        A, B, scale, gain = self.factors()
         if self._rows is not None:
-            B = B.new_zeros(weight.shape[0], B.shape[1]).index_copy(0, self._rows, B)
-            gain = None if gain is None else gain.new_ones(weight.shape[0]).index_copy(0, self._rows, gain)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        output = apply(output, x, A, B, scale, gain, bias, self._reduce_grad)
+            out = self._linear.weight.shape[0]
+            B = B.new_zeros(out, B.shape[1]).index_copy(0, self._rows, B)
+            gain = None if gain is None else gain.new_ones(out).index_copy(0, self._rows, gain)
+        exchange = EXCHANGES[self.parallel, self.sequence_parallel] if self.sharded else None
+        output = apply(output, self._dropped(x), A, B, scale, gain, bias, exchange)
         if self.training and self._bank.variant.observes:
             seen = output if self._rows is None else output[..., self._rows]
             self._bank.variant.observe(self._site, seen.transpose(0, 1))
         return output
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
+        if not (self.dropout and self.training):
+            return x
+        if self.sharded and (self.parallel == "row" or self.sequence_parallel):
+            with get_cuda_rng_tracker().fork():  # every rank has values of its own, and needs a mask of its own
+                return F.dropout(x, self.dropout)
+        return F.dropout(x, self.dropout)  # all ranks have the same values, and the same generator
 
 
 @dataclass

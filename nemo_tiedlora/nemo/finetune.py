@@ -215,9 +215,9 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
 
 def _write_allocations(model, folder: Path) -> None:
     """DynaLoRA: who was active when, for ``tiedlora analyze allocation``."""
-    for bank in model.__dict__.get("factor_banks", {}).values():
-        if isinstance(bank.variant, Dynamic):
-            write_text(folder / "allocations.json", json.dumps(bank.variant.history(), indent=1) + "\n")
+    for adapted in model.__dict__.get("adaptations", {}).values():
+        if isinstance(adapted.bank.variant, Dynamic):
+            write_text(folder / "allocations.json", json.dumps(adapted.bank.variant.history(), indent=1) + "\n")
 
 
 def _where_saved(trainer, folder: Path) -> str:

@@ -10,7 +10,7 @@ from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, regi
 
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
-from nemo_tiedlora.variants import SCHEMES, Conductor, param_groups
+from nemo_tiedlora.variants import SCHEMES, Conductor, Dynamic, param_groups
 
 
 def register_schemes() -> None:
@@ -38,10 +38,10 @@ def _setup_optimizer_param_groups(self, stock):
     """Our tensors in the groups that their methods want; everything once, though NeMo lists what is inside another
     adapted module twice."""
     stock(self)
-    banks = self.__dict__.get("factor_banks", {})
-    if not banks:
+    adaptations = self.__dict__.get("adaptations", {})
+    if not adaptations:
         return
-    ours = [group for scheme, bank in banks.items() for group in param_groups(bank, scheme)]
+    ours = [group for scheme, adapted in adaptations.items() for group in param_groups(adapted.bank, scheme)]
     placed = {id(tensor) for group in ours for tensor in group["params"]}
     others = {id(p): p for group in self._optimizer_param_groups for p in group["params"] if id(p) not in placed}
     self._optimizer_param_groups = (*([{"params": list(others.values())}] if others else []), *ours)
@@ -50,26 +50,30 @@ def _setup_optimizer_param_groups(self, stock):
 def _configure_callbacks(self):
     """Lightning asks before every fit, test and validation; what is there already keeps its state."""
     callbacks = list(super(NLPAdapterModelMixin, self).configure_callbacks())
-    if self.__dict__.get("factor_banks"):
-        self.__dict__.setdefault("factor_callback", Conducting())
-        callbacks.append(self.factor_callback)
+    if self.__dict__.get("adaptations"):
+        callbacks.append(self.__dict__.setdefault("conducting", Conducting()))
     return callbacks
 
 
 class Conducting(Callback):
-    """Gives the optimizer of a training run its conductors, and keeps their state in checkpoints."""
+    """Makes gradients whole and every optimizer step the methods', and keeps their state in checkpoints."""
 
     def __init__(self):
         self.conductors: dict[str, Conductor] = {}
         self._loaded: dict[str, Any] = {}
 
     def on_train_start(self, trainer, model):
-        optimizer = trainer.optimizers[0]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # NeMo wraps it to keep float32 copies
-        for scheme, bank in model.factor_banks.items():
-            self.conductors[scheme] = Conductor(optimizer, bank.variant, scheme)
+        for scheme, adapted in model.adaptations.items():
+            self.conductors[scheme] = Conductor(_optimizer(trainer), adapted.bank.variant, scheme, adapted.ranks)
             if scheme in self._loaded:
                 self.conductors[scheme].load_state_dict(self._loaded[scheme])
+
+    def on_before_optimizer_step(self, trainer, model, optimizer):
+        """After NeMo has averaged gradients over data-parallel ranks, before it clips them."""
+        for scheme, adapted in model.adaptations.items():
+            variant = adapted.bank.variant
+            groups = [group for group in _optimizer(trainer).param_groups if group.get("adapter") == scheme]
+            adapted.synchroniser(groups, variant.active_keys() if isinstance(variant, Dynamic) else None)
 
     def on_train_end(self, trainer, model):
         for conductor in self.conductors.values():
@@ -80,3 +84,9 @@ class Conducting(Callback):
 
     def load_state_dict(self, state):
         self._loaded = state
+
+
+def _optimizer(trainer):
+    """The optimizer itself: NeMo wraps it to keep float32 copies."""
+    optimizer = trainer.optimizers[0]
+    return getattr(optimizer, "optimizer", optimizer)

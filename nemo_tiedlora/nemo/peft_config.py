@@ -1,5 +1,8 @@
 """The schemes as NeMo PEFT configs."""
 
+from dataclasses import dataclass
+
+import torch
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -8,9 +11,20 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.adapter import adapter_config
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.sizes import sites
-from nemo_tiedlora.nemo.targets import TARGETS, expand, is_gated, rows, shape
-from nemo_tiedlora.parallel.cut import SHARDED_AXIS, cut
-from nemo_tiedlora.variants import Bank, DynamicConfig, Site, VariantConfig, build, config_for
+from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand, rows, shape
+from nemo_tiedlora.parallel.cut import cut, tensor_ranks
+from nemo_tiedlora.parallel.scores import Ranks
+from nemo_tiedlora.parallel.synchronise import Synchroniser, partial
+from nemo_tiedlora.variants import Bank, Dynamic, DynamicConfig, Site, Variant, VariantConfig, build, config_for
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One scheme on one model: its tensors, and how the ranks keep them one."""
+
+    bank: Bank
+    synchroniser: Synchroniser
+    ranks: Ranks | None
 
 
 class FactorPEFTConfig(PEFTConfig):
@@ -26,7 +40,6 @@ class FactorPEFTConfig(PEFTConfig):
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
         self.config = config_for(scheme, self.settings)
         self.targets = expand(self.config.target_modules)
-        _check_layout(cfg, scheme, self.targets)
         _check_optimizer(cfg, self.config)
         self.variant = build(self.config, cfg.num_layers)
         mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
@@ -45,49 +58,59 @@ class FactorPEFTConfig(PEFTConfig):
 
     def tie_weights(self, model: NLPAdapterModelMixin) -> None:
         """Bind every layer's adapter to one bank, and record in the model's config what makes it again."""
+        ranks, rank = tensor_ranks()
         bank = Bank(
             self.variant,
-            cut=lambda whole, spec, site: cut(whole, spec, SHARDED_AXIS[TARGETS[site.target].parallel]),
+            cut=lambda whole, spec, site: cut(
+                whole, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), ranks, rank
+            ),
             checksums=self.config.checksums,
         )
-        ranks = model.cfg.get("tensor_model_parallel_size", 1)
+        partials: set[str] = set()
         for layer in model._unwrap_layers_model_list():
             for target in self.targets:
                 linear = layer.get_submodule(TARGETS[target].path)
                 adapters = getattr(linear, "adapter_layer", {})
                 if self.adapter_name(target) in adapters:
+                    adapter = adapters[self.adapter_name(target)]
                     site = Site(target, layer.layer_number - 1, *shape(target, model.cfg))
-                    adapters[self.adapter_name(target)].bind(bank, site, linear, rows(target, model.cfg, ranks))
-        self.variant.start(sites(self.config, model.cfg))
-        model.__dict__.setdefault("factor_banks", {})[self.scheme] = bank
+                    adapter.bind(bank, site, linear, rows(target, model.cfg, ranks))
+                    specs = self.variant.tensors(site).values()
+                    partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.sequence_parallel)}
+        modules = sites(self.config, model.cfg)
+        self.variant.start(modules)
+        trained = {key: tensor for key, (_, tensor) in bank.trained().items()}
+        synchroniser = Synchroniser({key: tensor.numel() for key, tensor in trained.items()}, partials)
+        for key in synchroniser.counted_elsewhere:
+            trained[key].shared = True  # Megatron's name for it
+        adaptation = Adaptation(bank, synchroniser, _ranks(self.variant, modules, model.cfg))
+        model.__dict__.setdefault("adaptations", {})[self.scheme] = adaptation
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
             record = {"checksums": bank.checksums, **self.variant.decided()}
             OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", record, force_add=True)
 
 
-def _check_layout(cfg: DictConfig, scheme: str, targets: list[str]) -> None:
-    """Refuse what would train something else than one model."""
-    if cfg.get("tensor_model_parallel_size", 1) > 1:
-        if scheme == "cond_lora":
-            raise UsageError("model.peft.peft_scheme", scheme, "not supported with tensor parallelism yet")
-        for target in targets:
-            # Rows of a gated fc1 are not one block per rank; a row-parallel layer needs a reduction of its own.
-            if TARGETS[target].parallel == "row" or (target == "mlp_fc1" and is_gated(cfg)):
-                raise UsageError("target_modules", target, "not supported with tensor parallelism yet")
-    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
-        if cfg.get(name, 1) not in (None, 1):
-            raise UsageError(f"model.{name}", cfg.get(name), "factors tied across such ranks are not supported yet")
-    if cfg.get("sequence_parallel"):
-        raise UsageError("model.sequence_parallel", True, "not supported yet; set it to false")
+def _ranks(variant: Variant, modules: list[Site], cfg: DictConfig) -> Ranks | None:
+    """How DynaLoRA's scores are added up over ranks; None if there is nothing to choose."""
+    if not isinstance(variant, Dynamic):
+        return None
+    column = torch.tensor([TARGETS[module.target].parallel == "column" for module in modules])
+    split = {"output": column | bool(cfg.get("sequence_parallel")), "A": ~column, "B": column}
+    return Ranks(torch.stack([split[part] for part in variant.parts]).double())
 
 
 def _check_optimizer(cfg: DictConfig, config: VariantConfig) -> None:
-    """Refuse an optimizer that would not do as the settings say."""
+    """Refuse settings that the optimizer or the layout would not follow."""
     name = (cfg.get("optim") or {}).get("name")
-    if name != "mcore_distributed_optim":
-        return
-    if isinstance(config, DynamicConfig):
-        raise UsageError("model.optim.name", name, "it would move inactive modules; use adamw or fused_adam")
-    if config.lr_ratio != 1:
-        raise UsageError("lr_ratio", config.lr_ratio, f"model.optim.name={name} has one learning rate; use fused_adam")
+    if name == "mcore_distributed_optim":
+        if isinstance(config, DynamicConfig):
+            raise UsageError("model.optim.name", name, "it would move inactive modules; use adamw or fused_adam")
+        if config.lr_ratio != 1:
+            raise UsageError("lr_ratio", config.lr_ratio, f"{name} has one learning rate; use adamw or fused_adam")
+        for layout in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if cfg.get(layout, 1) > 1:
+                raise UsageError(f"model.{layout}", cfg.get(layout), f"not with {name}; use adamw or fused_adam")
+    if cfg.get("sequence_parallel") and getattr(config, "importance", None) == "backward":
+        way_out = "needs whole gradients of every micro-batch, and sequence parallelism has parts of them; use forward"
+        raise UsageError("importance", "backward", way_out)

@@ -67,6 +67,11 @@ def is_gated(model: DictConfig) -> bool:
     return str(model.get("activation", "gelu")).endswith("glu")
 
 
+def blocks(target: str, model: DictConfig) -> int:
+    """How many matrices of equal size Megatron stacks in a target's W and shards one by one."""
+    return 2 if target == "mlp_fc1" and is_gated(model) else 1
+
+
 def shape(target: str, model: DictConfig) -> tuple[int, int]:
     """Whole (in_features, out_features) of a target, from a NeMo GPT's model config.
 

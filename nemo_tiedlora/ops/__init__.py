@@ -1,5 +1,5 @@
 """The one operation of all adapters: ``y += s · (x Aᵀ) Bᵀ``."""
 
-from nemo_tiedlora.ops.apply import apply
+from nemo_tiedlora.ops.apply import Exchange, apply
 
-__all__ = ["apply"]
+__all__ = ["Exchange", "apply"]

@@ -1,9 +1,20 @@
 """``y += s · (x Aᵀ) Bᵀ`` as one autograd node."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Exchange(NamedTuple):
+    """What ranks that share a layer do to x Aᵀ on the way forward, and to its gradient on the way back.
+
+    Both take (tokens, rank) tensors, the first this rank's tokens of x and the second those of y, and give the other.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor], Tensor]
 
 
 class _Apply(torch.autograd.Function):
@@ -17,9 +28,11 @@ class _Apply(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, x, A, B, scale, reduce_grad):
+    def forward(ctx, y, x, A, B, scale, exchange):
         h = x.reshape(-1, x.shape[-1]) @ A.T
-        ctx.scale, ctx.reduce_grad, ctx.x_shape = scale, reduce_grad, x.shape
+        if exchange is not None:
+            h = exchange.forward(h)
+        ctx.scale, ctx.exchange, ctx.x_shape = scale, exchange, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h if ctx.needs_input_grad[3] else None, A, B)
         flat = y.view(-1, y.shape[-1])
         if y._is_view():  # Megatron's row-parallel output is one; autograd lets nobody write into it
@@ -36,8 +49,8 @@ class _Apply(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         if wants_x or wants_A:
             grad_h = (g @ B).mul_(ctx.scale)
-            if ctx.reduce_grad is not None:
-                grad_h = ctx.reduce_grad(grad_h)
+            if ctx.exchange is not None:
+                grad_h = ctx.exchange.backward(grad_h)
             grad_x = (grad_h @ A).view(ctx.x_shape) if wants_x else None
             grad_A = grad_h.T @ x.reshape(-1, x.shape[-1]) if wants_A else None
         if wants_B:
@@ -53,7 +66,7 @@ def apply(
     scale: float,
     gain: Tensor | None = None,
     bias: Tensor | None = None,
-    reduce_grad: Callable[[Tensor], Tensor] | None = None,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     """``y + scale · (x Aᵀ) Bᵀ``, written into ``y``; with a gain, that many times all of it but the bias.
 
@@ -62,13 +75,13 @@ def apply(
         x: input of the frozen layer, (..., in).
         A: (rank, in). B: (out, rank). scale: s of the equation; it multiplies the product, never an activation.
         gain: (out,), or None for 1. bias: (out,), what of ``y`` the gain leaves alone; None if there is nothing.
-        reduce_grad: takes dL/d(xAᵀ), (tokens, rank), to its sum over the ranks that each hold some rows of B.
+        exchange: between ranks that each hold a part of A or B, or of the tokens.
 
     Returns:
         (..., out), dtype of ``y``.
     """
     dtype = y.dtype
-    y = _Apply.apply(y.contiguous(), x.to(dtype), A.to(dtype), B.to(dtype), scale, reduce_grad)
+    y = _Apply.apply(y.contiguous(), x.to(dtype), A.to(dtype), B.to(dtype), scale, exchange)
     if gain is None:
         return y
     gain = gain.to(dtype)

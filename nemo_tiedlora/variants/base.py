@@ -70,9 +70,17 @@ class FrozenWeight:
         """``Xᵀ W`` for X (out, k): (k, in)."""
         return X.T @ self(X.dtype)
 
+    def left_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dX (out, k) of ``left`` from dL/d(XᵀW) (k, in)."""
+        return self(grad.dtype) @ grad.T
+
     def right(self, X: Tensor) -> Tensor:
         """``W X`` for X (in, k): (out, k)."""
         return self(X.dtype) @ X
+
+    def right_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dX (in, k) of ``right`` from dL/d(WX) (out, k)."""
+        return self(grad.dtype).T @ grad
 
     def gram(self, A: Tensor) -> Tensor:
         """``A Aᵀ`` for A (rank, in): (rank, rank)."""

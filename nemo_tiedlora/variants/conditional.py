@@ -39,12 +39,12 @@ class _FormedA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, theta, weight, A):
-        ctx.weight, ctx.dtype = weight, theta.dtype
+        ctx.weight = weight
         return A.view_as(A)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.weight(ctx.dtype) @ grad.T, None, None
+        return ctx.weight.left_gradient(grad), None, None
 
 
 class _FormedB(torch.autograd.Function):
@@ -52,12 +52,12 @@ class _FormedB(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, theta, weight, B):
-        ctx.weight, ctx.dtype = weight, theta.dtype
+        ctx.weight = weight
         return B.view_as(B)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.weight(ctx.dtype).T @ grad, None, None
+        return ctx.weight.right_gradient(grad), None, None
 
 
 class Conditional(Variant):

@@ -17,14 +17,16 @@ from nemo_tiedlora.variants.dynamic import Alone, Dynamic
 def param_groups(bank: Bank, adapter: str = "adapter") -> list[dict[str, Any]]:
     """The adapter's trained tensors as an optimizer's parameter groups, with what ``Conductor`` needs to know.
 
-    Each group has the name of its ``adapter``, its ``lr_ratio``, and under DynaLoRA the ``key`` of its only tensor.
+    Each group has the name of its ``adapter``, its ``lr_ratio`` and its tensors' ``keys``; under DynaLoRA, one tensor.
     """
     dynamic = isinstance(bank.variant, Dynamic)
     groups: dict[Any, dict[str, Any]] = {}
     for key, (spec, tensor) in bank.trained().items():
         ratio = bank.variant.config.lr_ratio if spec.factor == "B" else 1.0
-        kind = {"adapter": adapter, "lr_ratio": ratio} | ({"key": key} if dynamic else {})
-        groups.setdefault(tuple(kind.values()), {"params": [], **kind})["params"].append(tensor)
+        fresh = {"params": [], "keys": [], "adapter": adapter, "lr_ratio": ratio}
+        group = groups.setdefault(key if dynamic else ratio, fresh)
+        group["params"].append(tensor)
+        group["keys"].append(key)
     return list(groups.values())
 
 
@@ -60,16 +62,16 @@ class Conductor:
         if self.local and groups:
             self.rates.append(groups[0]["lr"])
         for group in groups:
-            key = group.get("key")
-            if key and key not in active:
+            if active is not None and active.isdisjoint(group["keys"]):
                 self._hold(group)
             else:
-                self._set_rate(group, key)
+                self._set_rate(group)
 
-    def _set_rate(self, group: dict[str, Any], key: str | None) -> None:
+    def _set_rate(self, group: dict[str, Any]) -> None:
         scheduled = group["lr"]
         self._put_back.append(partial(group.update, lr=scheduled))
         if self.local:
+            (key,) = group["keys"]
             scheduled = self.rates[self.steps.get(key, 0)]
             self.steps[key] = self.steps.get(key, 0) + 1
         group["lr"] = scheduled * group["lr_ratio"]

@@ -10,8 +10,6 @@ import pytest
 import torch
 import toy
 
-from nemo_tiedlora.errors import UsageError
-
 CHUNK = 24
 
 
@@ -171,18 +169,6 @@ def test_full_recomputation_gives_the_same_training(finetuning):
         torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_a_pipeline_parallel_layout_is_refused(finetuning):
-    from omegaconf import OmegaConf
-
-    from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
-
-    model, _ = finetuning(peft_scheme="none")
-    cfg = OmegaConf.create(OmegaConf.to_container(model.cfg))
-    cfg.pipeline_model_parallel_size = 2
-    with pytest.raises(UsageError, match="pipeline_model_parallel_size=2"):
-        FactorPEFTConfig("tied_lora", cfg)
-
-
 def test_registering_twice_changes_nothing(host):
     from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
     from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
@@ -273,7 +259,7 @@ def test_inactive_modules_stay_as_they_are(finetuning, o2):
         for name, tensor in model.named_parameters()
         if name in before and not torch.equal(tensor, before[name])
     }
-    dynamic = model.factor_banks["dyna_lora"].variant
+    dynamic = model.adaptations["dyna_lora"].bank.variant
     assert moved == {str(site.layer) for site in dynamic.active}
     assert dynamic.step == 6 and all(score > 0 for score in dynamic.importance)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_tiedlora.ops import apply
+from nemo_tiedlora.ops import Exchange, apply
 
 SHAPES = {"rows": (5,), "sequence and batch": (5, 3), "one token": (1, 1)}
 
@@ -109,8 +109,9 @@ def test_computes_in_the_output_dtype():
     assert A.grad.dtype == B.grad.dtype == torch.float32
 
 
-def test_the_gradient_reduction_sees_the_rank_sized_gradient_only():
+def test_ranks_exchange_rank_sized_values_only():
     x, W, A, B = (tensor.requires_grad_() for tensor in tensors((5, 3)))
     seen = []
-    apply(x @ W.T, x, A, B, 1.0, reduce_grad=lambda grad: seen.append(grad.shape) or grad).sum().backward()
-    assert seen == [(15, 2)]
+    exchange = Exchange(lambda h: seen.append(h.shape) or h, lambda grad: seen.append(grad.shape) or grad)
+    apply(x @ W.T, x, A, B, 1.0, exchange=exchange).sum().backward()
+    assert seen == [(15, 2), (15, 2)]

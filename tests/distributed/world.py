@@ -1,0 +1,126 @@
+"""Trains toy models in real processes over gloo, and brings back what every rank saw.
+
+As a script it is one rank: ``world.py FOLDER`` runs the cases of FOLDER/cases.json, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import toy
+
+
+def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: int, layout: dict) -> dict:
+    """Train every case under one layout.
+
+    Args:
+        cases: name → {"peft": section, "steps": number, "model": overrides}.
+        layout: overrides of the model section.
+
+    Returns:
+        name → one record per rank: losses, grad_norms, tensors by key, collectives of the last step, and for DynaLoRA
+        its history.
+    """
+    folder.mkdir(parents=True)
+    job = {"cases": cases, "files": {name: str(path) for name, path in files.items()}, "layout": layout}
+    (folder / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = toy.FRESH | {"PYTHONPATH": str(Path(toy.__file__).parent)}
+    done = subprocess.run(
+        [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+    return {name: [records[name] for records in ranks] for name in cases}
+
+
+class Collectives:
+    """Counts collectives of tensors by name and shape, while entered."""
+
+    NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather")
+
+    def __enter__(self):
+        self.seen, self.originals = [], {name: getattr(torch.distributed, name) for name in self.NAMES}
+        for name, original in self.originals.items():
+            setattr(torch.distributed, name, self._counting(name, original))
+        return self
+
+    def _counting(self, name, original):
+        def call(tensor, *args, **kwargs):
+            shape = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else None
+            self.seen.append((name, shape))
+            return original(tensor, *args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_):
+        for name, original in self.originals.items():
+            setattr(torch.distributed, name, original)
+
+
+def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
+    """One case on this rank."""
+    import lightning.pytorch as pl
+
+    config = toy.finetuning_config(
+        Path(files["base"]), Path(files["train"]), Path(files["validation"]), case["peft"],
+        **(layout | case.get("model", {})),
+    )  # fmt: skip
+    for split in ("train_ds", "validation_ds"):
+        config.model.data[split].index_mapping_dir = str(scratch)
+    config.model.data.validation_ds.metric.name = "loss"
+    steps = case["steps"]
+    record = {"losses": [], "grad_norms": [], "collectives": []}
+    counting = Collectives()
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, model, batch, number):
+            if number == steps - 1:
+                counting.__enter__()
+
+        def on_train_batch_end(self, trainer, model, outputs, batch, number):
+            if number == steps - 1:
+                counting.__exit__()
+                record["collectives"] = counting.seen
+            record["losses"].append(float(trainer.callback_metrics["reduced_train_loss"]))
+            record["grad_norms"].append(float(trainer.callback_metrics.get("grad_norm", 0)))
+
+    precision = case.get("precision", 32)
+    config.trainer.precision = precision
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = toy.trainer(
+        config.model, devices=world, max_steps=steps, val_check_interval=steps, num_sanity_val_steps=0,
+        precision=precision,
+    )  # fmt: skip
+    trainer.callbacks.append(Watch())
+    model = toy.finetuning_model(config, trainer)
+    trainer.fit(model)
+    for adapted in model.__dict__.get("adaptations", {}).values():
+        record["tensors"] = {
+            key: tensor.detach().float().clone() for key, tensor in adapted.bank.named_tensors().items()
+        }
+        if hasattr(adapted.bank.variant, "history"):
+            record["history"] = adapted.bank.variant.history()
+    return record
+
+
+def main(folder: Path) -> None:
+    from nemo_tiedlora import platform, register
+
+    torch.set_num_threads(1)
+    job = json.loads((folder / "job.json").read_text())
+    with platform.host():
+        register()
+        records = {}
+        for name, case in job["cases"].items():
+            records[name] = train(case, job["files"], job["layout"], folder)
+    torch.save(records, folder / f"{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
