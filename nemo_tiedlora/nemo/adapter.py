@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.parallel.cut import SHARDED_AXIS, mark, sum_over_tensor_ranks
-from nemo_tiedlora.variants import SCHEMES, Bank, FrozenWeight, Site
+from nemo_tiedlora.variants import SCHEMES, Bank, Factors, FrozenWeight, Site
 
 
 class FactorAdapter(nn.Module, AdapterModuleUtil):
@@ -45,16 +45,24 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
             rows: the rows of a fused ``linear`` that the target addresses; None means all.
         """
         self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
-        bank.adopt(self, site, FrozenWeight(linear.weight, self._rows))
         # Not as submodules: a shared tensor must appear once in the model's parameters.
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "_linear", linear)
-        self._site = site
+        bank.adopt(self, site, self.frozen())
+        self.site = site
         for name, spec in bank.variant.tensors(site).items():
             if spec.trained and name in self._parameters:
                 mark(self._parameters[name], spec, SHARDED_AXIS[self.parallel])
         sharded = self.parallel == "column" and parallel_state.get_tensor_model_parallel_world_size() > 1
         self._reduce_grad = sum_over_tensor_ranks if sharded else None
+
+    def frozen(self) -> FrozenWeight:
+        """The W (out, in) that it adapts: of this rank, and of a fused layer the target's rows only."""
+        return FrozenWeight(self._linear.weight, self._rows)
+
+    def factors(self) -> Factors:
+        """What it does to ``frozen()``, on this rank."""
+        return self._bank.factors(self.site, self.frozen())
 
     def forward(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied.
@@ -62,16 +70,16 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         Args:
             bias: what the frozen layer has added to ``output`` beside its product with ``x``: (out,).
         """
-        weight = self._linear.weight
-        A, B, scale, gain = self._bank.factors(self._site, FrozenWeight(weight, self._rows))
+        A, B, scale, gain = self.factors()
         if self._rows is not None:
-            B = B.new_zeros(weight.shape[0], B.shape[1]).index_copy(0, self._rows, B)
-            gain = None if gain is None else gain.new_ones(weight.shape[0]).index_copy(0, self._rows, gain)
+            whole = self._linear.weight.shape[0]
+            B = B.new_zeros(whole, B.shape[1]).index_copy(0, self._rows, B)
+            gain = None if gain is None else gain.new_ones(whole).index_copy(0, self._rows, gain)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         output = apply(output, x, A, B, scale, gain, bias, self._reduce_grad)
         if self.training and self._bank.variant.observes:
             seen = output if self._rows is None else output[..., self._rows]
-            self._bank.variant.observe(self._site, seen.transpose(0, 1))
+            self._bank.variant.observe(self.site, seen.transpose(0, 1))
         return output
 
 
