@@ -33,7 +33,7 @@ def similarity_matrix(matrices: Sequence[Tensor]) -> list[list[float]]:
     return [[float(grid(U, V)[-1, -1]) for V in vectors] for U in vectors]
 
 
-def random_matrices(matrices: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+def random_matrices(matrices: Sequence[Tensor], seed: int) -> list[Tensor]:
     """Gaussian matrices of the same shapes, to compare with."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(matrix.shape, generator=generator, dtype=torch.float64) for matrix in matrices]
@@ -54,7 +54,7 @@ def compare(matrices: Mapping[Site, tuple[Tensor, Tensor]]) -> dict[str, Any]:
     for target in dict.fromkeys(site.target for site in trained):
         sites = [site for site in trained if site.target == target]
         of_A, of_B = ([trained[site][factor] for site in sites] for factor in (0, 1))
-        found = {"A": of_A, "B": of_B, "random A": random_matrices(of_A), "random B": random_matrices(of_B)}
+        found = {"A": of_A, "B": of_B, "random A": random_matrices(of_A, 0), "random B": random_matrices(of_B, 1)}
         compared[target] = {"layers": [site.layer for site in sites]}
         for name, ones in found.items():
             similarity = similarity_matrix(ones)

@@ -38,7 +38,7 @@ def draw(panels: Sequence[Sequence[Panel]], label: str, path: Path) -> None:
 
     height, width = len(panels), max(map(len, panels))
     size = 1.5 + 4.2 * width, 4.2 * height
-    figure, grid = pyplot.subplots(height, width, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = pyplot.subplots(height, width, figsize=size, layout="compressed", squeeze=False)
     values = [numpy.array(panel.values, dtype=float) for row in panels for panel in row]
     scale = {"vmin": min(map(numpy.nanmin, values)), "vmax": max(map(numpy.nanmax, values))}
     for places, row in zip(grid, panels, strict=True):

@@ -31,9 +31,10 @@ def adapter(finetuning, tmp_path):
         model, _ = finetuning(**peft)
         torch.manual_seed(seed)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
+            for key, parameter in model.named_parameters():
+                if key in model.adapter_keys:
                     parameter.normal_()
+        model.setup_complete = True  # from here on NeMo saves the adapter, not the model
         model.save_to(str(tmp_path / name))
         values = {key: parameter.detach().double().numpy() for key, parameter in model.model.named_parameters()}
         return tmp_path / name, values
@@ -80,7 +81,6 @@ def test_subspaces_of_two_adapters_and_of_the_base(files, adapter, tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG") and json.loads(out.with_suffix(".json").read_text())["other"] == "W"
 
 
-@pytest.mark.slow
 def test_conditional_factors_are_converted_by_one_map(files, adapter, tmp_path):
     settings = {"rank": RANK, "target_modules": ["attention_dense", "attention_k"]}
     saved, _ = adapter("cond.nemo", 0, peft_scheme="cond_lora", cond_lora_tuning=settings)
@@ -93,7 +93,6 @@ def test_conditional_factors_are_converted_by_one_map(files, adapter, tmp_path):
     assert k["B"]["average"] < 0.9 and dense["random A"]["average"] < 0.3
 
 
-@pytest.mark.slow
 def test_layers_are_those_that_groups_compares(files, tmp_path):
     (tmp_path / "text.txt").write_text("what is 1 plus 2?\nwhat is 3 plus 4? the answer is 7.\n")
     out = tmp_path / "layers.png"
@@ -109,6 +108,7 @@ def test_layers_are_those_that_groups_compares(files, tmp_path):
 def test_bad_input_is_refused_before_the_base_is_loaded(files, adapter, finetuning, tmp_path):
     ours, _ = adapter("ours.nemo", 0, peft_scheme="tied_lora", tied_lora_tuning={"rank": RANK})
     stock, _ = finetuning(**toy.STOCK_SCHEMES["lora"])
+    stock.setup_complete = True
     stock.save_to(str(tmp_path / "stock.nemo"))
     base = ["--base", files["llama"]]
     for arguments, message in [
