@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from nemo_tiedlora import analyze
+from nemo_tiedlora.console import AsJson, show
 from nemo_tiedlora.errors import UsageError
 
 app = typer.Typer(
@@ -17,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app.add_typer(analyze.app, name="analyze")
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def params(
         settings["groups"] = _lists(groups) if groups.startswith("[") else groups
     if rank_expansion is not None:
         settings["rank_expansion"] = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
-    _show(asdict(sizes(config_for(scheme, settings), model)), as_json)
+    show(asdict(sizes(config_for(scheme, settings), model)), as_json)
 
 
 @app.command()
@@ -121,7 +123,7 @@ def inspect(
         facts |= asdict(sizes(config_for(scheme, settings), saved))
     facts["file_bytes"] = adapter.stat().st_size
     facts["base"] = {"file": saved.get("restore_from_path"), **{name: saved.get(name) for name in SHAPE_FIELDS}}
-    _show(facts, as_json)
+    show(facts, as_json)
 
 
 @app.command()
@@ -143,9 +145,7 @@ def groups(
     as_json: AsJson = False,
 ) -> None:
     """Find layers of a base that can share factors (ShareLoRA), from its outputs over a calibration text."""
-    from rich.console import Console
-    from rich.progress import track
-
+    from nemo_tiedlora.analysis.heatmap import Panel, draw
     from nemo_tiedlora.errors import check_choice
     from nemo_tiedlora.files import write_text
     from nemo_tiedlora.nemo import calibrate
@@ -167,13 +167,7 @@ def groups(
     settings = {"rank": rank, "target_modules": targets.split(","), "rank_expansion": expansion}
     sizes(SharedConfig(groups=[], **settings), model_config)  # refuses bad settings before the base is loaded
 
-    from nemo_tiedlora.nemo.generate import generator
-
-    with generator(base) as loaded:
-        outputs = calibrate.layer_outputs(loaded.model, texts, length)
-        console = Console(stderr=True)
-        shown = track(outputs, "calibrating", total=len(texts), console=console, disable=not console.is_terminal)
-        matrix = calibrate.similarity_matrix(shown, similarity)
+    matrix = calibrate.layer_similarity(base, texts, length, similarity)
     found = GROUPINGS[grouping](matrix, threshold)
     counted = sizes(SharedConfig(groups=found, **settings), model_config)
     result = {
@@ -194,9 +188,22 @@ def groups(
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
     picture = out.with_suffix(".png")
-    calibrate.draw(matrix, found, picture)
+    names = range(len(matrix))
+    panel = Panel(matrix, "Similarity of layer outputs; groups framed", names, names, frames=found)
+    draw([[panel]], "similarity", picture)
     shown_facts = {name: result[name] for name in ("groups", "trainable", "percent_of_lora", "rank")}
-    _show(shown_facts | {"file": str(out), "heat_map": str(picture)}, as_json)
+    show(shown_facts | {"file": str(out), "heat_map": str(picture)}, as_json)
+
+
+@app.command()
+def table(as_json: AsJson = False) -> None:
+    """The parameter columns (P%) of the Tied-LoRA paper's table 2, as Markdown."""
+    from nemo_tiedlora.analysis import paper_table
+
+    if as_json:
+        print(json.dumps([cell._asdict() for cell in paper_table.cells()], indent=2))
+    else:
+        print(paper_table.markdown(), end="")
 
 
 def _settings(given: list[str]) -> dict:
@@ -219,19 +226,6 @@ def _lists(text: str) -> list:
         return json.loads(text)
     except ValueError:
         raise UsageError("groups", text, "write lists as JSON, such as [[0, 1], [4, 5, 6]]") from None
-
-
-def _show(facts: dict, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value))
-    Console(highlight=False, soft_wrap=True).print(table)
 
 
 if __name__ == "__main__":

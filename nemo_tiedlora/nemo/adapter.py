@@ -55,7 +55,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         # Not as submodules: a shared tensor must appear once in the model's parameters.
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "_linear", linear)
-        self._site = site
+        self.site = site
         self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
         bank.adopt(self, site, self.frozen())
         for name, spec in bank.variant.tensors(site).items():
@@ -70,7 +70,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
 
     def factors(self) -> Factors:
         """This rank's part of the layer's A, B, scale and gain."""
-        return self._bank.factors(self._site, self.frozen())
+        return self._bank.factors(self.site, self.frozen())
 
     def forward(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied.
@@ -87,7 +87,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         output = apply(output, self._dropped(x), A, B, scale, gain, bias, exchange)
         if self.training and self._bank.variant.observes:
             seen = output if self._rows is None else output[..., self._rows]
-            self._bank.variant.observe(self._site, seen.transpose(0, 1))
+            self._bank.variant.observe(self.site, seen.transpose(0, 1))
         return output
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from nemo_tiedlora.analysis.layers import similarity_matrix
+from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError, check_choice, closest
-from nemo_tiedlora.files import replacing
 from nemo_tiedlora.variants.config import check_number
 from nemo_tiedlora.variants.groups import GROUPINGS
 
@@ -147,53 +148,20 @@ def layer_outputs(model, texts: Sequence[str], length: int) -> Iterator:
             hook.remove()
 
 
-def similarity_matrix(outputs: Iterator, kind: str) -> list[list[float]]:
-    """Layer × layer similarity, averaged over texts.
+def layer_similarity(base: Path, texts: Sequence[str], length: int, kind: str) -> list[list[float]]:
+    """Load a base and compare its layers' outputs over ``texts``: layers × layers.
 
     Args:
-        outputs: (layers, hidden) per text.
-        kind: ``cosine``, or ``angular``: 1 − d with the angular distance d = arccos(cos) / π. The paper compares d
-            itself with its threshold, but its text, figure 1 and thresholds fit the similarity only.
+        kind: ``angular`` or ``cosine``.
     """
-    import torch
+    from nemo_tiedlora.nemo.generate import generator
 
-    total, texts = None, 0
-    for output in outputs:
-        unit = torch.nn.functional.normalize(output.double(), dim=1)
-        cosines = (unit @ unit.T).clamp(-1, 1)
-        values = cosines if kind == "cosine" else 1 - torch.arccos(cosines) / torch.pi
-        total = values if total is None else total + values
-        texts += 1
-    if not texts:
-        raise UsageError("data", "texts", "none of them has a token")
-    return (total / texts).tolist()
+    with generator(base) as loaded:
+        outputs = layer_outputs(loaded.model, texts, length)
+        return similarity_matrix(progress(outputs, "calibrating", len(texts)), kind)
 
 
 def checksum_of(path: str | Path) -> str:
     """SHA-256 of a file (hexadecimal)."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def draw(similarity: list[list[float]], groups: list[list[int]], path: Path) -> None:
-    """A heat map of the similarities as PNG, with the groups framed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Rectangle
-    from matplotlib.ticker import MaxNLocator
-
-    figure, axes = pyplot.subplots(figsize=(6, 5), layout="constrained")
-    image = axes.imshow(similarity, cmap="viridis", origin="lower")
-    figure.colorbar(image, label="similarity")
-    for group in groups:
-        for first in group:
-            for second in group:
-                axes.add_patch(Rectangle((first - 0.5, second - 0.5), 1, 1, fill=False, edgecolor="white", lw=0.8))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="layer", ylabel="layer", title="Similarity of layer outputs; groups framed")
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120)
-    pyplot.close(figure)

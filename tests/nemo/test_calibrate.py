@@ -12,20 +12,6 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo import calibrate
 
 
-def test_similarity_follows_the_definition():
-    torch.manual_seed(0)
-    outputs = [torch.randn(3, 8) for _ in range(5)]
-    angular = torch.zeros(3, 3, dtype=torch.float64)
-    for output in outputs:
-        for i in range(3):
-            for j in range(3):
-                a, b = output[i].double(), output[j].double()
-                cosine = min(1.0, float(a @ b / (a.norm() * b.norm())))
-                angular[i, j] += (1 - torch.arccos(torch.tensor(cosine, dtype=torch.float64)) / torch.pi) / 5
-    ours = torch.tensor(calibrate.similarity_matrix(iter(outputs), "angular"))
-    torch.testing.assert_close(ours, angular.to(ours), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

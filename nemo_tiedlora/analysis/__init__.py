@@ -1,0 +1,1 @@
+"""What adapters and bases look like from inside. Plain torch and matplotlib; nothing here knows NeMo."""

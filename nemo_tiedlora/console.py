@@ -1,0 +1,30 @@
+"""What the commands show: facts on standard output, progress on standard error."""
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, TypeVar
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Item = TypeVar("Item")
+
+
+def show(facts: dict, as_json: bool) -> None:
+    """Print ``facts`` one to a line, or as JSON."""
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        # Not a table of rich's: it would cut long values where it takes the output to be narrow.
+        print(f"{name:{width}}  {value:,}" if type(value) is int else f"{name:{width}}  {value}")
+
+
+def progress(items: Iterable[Item], task: str, total: int) -> Iterable[Item]:
+    """``items``, with a bar while they are gone through; no bar where nobody looks."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, task, total=total, console=console, disable=not console.is_terminal)
