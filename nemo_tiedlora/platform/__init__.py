@@ -81,6 +81,7 @@ def patches() -> tuple[Patch, ...]:
     from nemo_tiedlora.platform import (
         apex,
         checkpoint,
+        collectives,
         cuda,
         dataset_helpers,
         fusions,
@@ -90,5 +91,16 @@ def patches() -> tuple[Patch, ...]:
         transformer_engine,
     )
 
-    files = cuda, fusions, norm, apex, transformer_engine, torchvision, checkpoint, dataset_helpers, nemo_fixes
+    files = (
+        cuda,
+        collectives,
+        fusions,
+        norm,
+        apex,
+        transformer_engine,
+        torchvision,
+        checkpoint,
+        dataset_helpers,
+        nemo_fixes,
+    )
     return tuple(value for file in files for value in vars(file).values() if isinstance(value, Patch))

@@ -34,7 +34,7 @@ def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: 
     done = subprocess.run(
         [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-8000:]
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     return {name: [records[name] for records in ranks] for name in cases}
 
@@ -80,11 +80,11 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer, model, batch, number):
-            if number == steps - 1:
+            if trainer.global_step == steps - 1:
                 counting.__enter__()
 
         def on_train_batch_end(self, trainer, model, outputs, batch, number):
-            if number == steps - 1:
+            if trainer.global_step == steps:
                 counting.__exit__()
                 record["collectives"] = counting.seen
             record["losses"].append(float(trainer.callback_metrics["reduced_train_loss"]))

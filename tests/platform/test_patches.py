@@ -348,6 +348,13 @@ def before_entering(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(programs))
 
 
+@probe
+def ordered_collectives(world, **_):
+    with world():
+        started = [torch.distributed.all_reduce(torch.ones(1000), async_op=True) for _ in range(20)]
+        assert all(work.is_completed() for work in started)
+
+
 def test_every_patch_has_a_probe():
     assert set(PROBES) == {patch.name for patch in platform.patches()}
 

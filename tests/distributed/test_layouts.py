@@ -1,0 +1,155 @@
+"""One logical model under every layout: losses, norms, parameters and choices are those of a single process."""
+
+import itertools
+
+import pytest
+import torch
+import toy
+import world
+
+from nemo_tiedlora import platform
+
+STEPS = 20
+RANK = 5  # no multiple of any number of ranks, and no size of anything else
+SINGLE = ["attention_q", "attention_k", "attention_v", "attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]
+
+
+def case(scheme, steps=STEPS, model=None, **settings):
+    settings = {"rank": RANK, "target_modules": ["all"]} | settings
+    return {"peft": {"peft_scheme": scheme, f"{scheme}_tuning": settings}, "steps": steps, "model": model or {}}
+
+
+RECOMPUTED = {
+    "activations_checkpoint_granularity": "full",
+    "activations_checkpoint_method": "uniform",
+    "activations_checkpoint_num_layers": 1,
+}
+CASES = {
+    "LoRA": case("tied_lora", preset="LoRA"),
+    "TL6": case("tied_lora", target_modules=SINGLE),
+    "VeRA": case("vera"),
+    "ShareLoRA": case("share_lora", groups=[[1, 2]], train=["A", "B", "u", "v"]),  # on both sides of a stage boundary
+    "CondLoRA": case("cond_lora", target_modules=[*SINGLE[:4], "mlp_fc1", "mlp_fc2"]),
+    "DynaLoRA": case("dyna_lora", period=3, inner="tied_lora", optimizer="local"),
+    "DoRA and LoRA+": case("tied_lora", dora=True, lr_ratio=4),
+    "backward importance": case("dyna_lora", steps=8, period=2, importance="backward", inner="cond_lora"),
+    "recomputed": case("tied_lora", steps=6, model=RECOMPUTED),
+    "dropout": case("tied_lora", steps=4, dropout=0.3),
+}
+LAYOUTS = {
+    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+    "DP2": (2, {}),
+    "TP2 SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "TP2 PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "TP2 DP2 SP": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+}
+NOT_WITH = {("TP2 SP", "backward importance"), ("TP2 DP2 SP", "backward importance")}  # refused
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    with platform.host(), toy.clean_megatron():
+        tokenizer = toy.tokenizer(folder)
+        return {
+            "train": toy.sums(folder / "train.jsonl", 200),
+            "validation": toy.sums(folder / "validation.jsonl", 8, seed=1),
+            "base": toy.save_base(toy.llama_config(tokenizer), folder / "llama.nemo"),
+        }
+
+
+@pytest.fixture(scope="module")
+def alone(files, tmp_path_factory):
+    records = world.run(tmp_path_factory.mktemp("alone") / "run", CASES, files, 1, {})
+    return {name: ranks[0] for name, ranks in records.items()}
+
+
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=[pytest.mark.slow] if LAYOUTS[name][0] > 2 else []) for name in LAYOUTS
+])  # fmt: skip
+def layout(request, files, tmp_path_factory):
+    """Its name, and every case's records under it."""
+    processes, overrides = LAYOUTS[request.param]
+    cases = {name: value for name, value in CASES.items() if (request.param, name) not in NOT_WITH}
+    return request.param, world.run(tmp_path_factory.mktemp("layout") / "run", cases, files, processes, overrides)
+
+
+def mine(whole, key, rank, ranks):
+    """What a tensor rank holds, by the layout of Megatron's own weights, written down once more."""
+    target, part = key.split(".")[0], key.split(".")[-1]
+    column = target not in ("attention_dense", "mlp_fc2")
+    axis = {
+        ("B", True): 0, ("v", True): 0, ("m", True): 0, ("theta_A", True): 0, ("A", False): 1, ("theta_B", False): 0,
+    }.get((part, column))  # fmt: skip
+    if axis is None or ranks == 1:
+        return whole
+    stacked = 2 if target == "mlp_fc1" else 1  # gate and up, each cut on its own
+    size = whole.shape[axis] // stacked // ranks
+    rows = [torch.arange(size) + size * rank + block * size * ranks for block in range(stacked)]
+    return whole.index_select(axis, torch.cat(rows))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dropout"])
+def test_every_layout_trains_the_same_model(layout, alone, name):
+    layout_name, records = layout
+    if (layout_name, name) in NOT_WITH:
+        pytest.skip("refused with this layout")
+    reference, ranks = alone[name], records[name]
+    tensor_ranks = LAYOUTS[layout_name][1].get("tensor_model_parallel_size", 1)
+    assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert ranks[0]["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
+    assert CASES[name]["steps"] < STEPS or reference["losses"][-1] < reference["losses"][0]
+    held = set()
+    for rank, record in enumerate(ranks):
+        held |= set(record["tensors"])
+        for key, tensor in record["tensors"].items():
+            expected = mine(reference["tensors"][key], key, rank % tensor_ranks, tensor_ranks)
+            torch.testing.assert_close(tensor, expected, rtol=2e-3, atol=2e-4, msg=lambda m, key=key: f"{key}: {m}")
+        if "history" in reference:
+            assert record["history"]["active_steps"] == reference["history"]["active_steps"]
+            assert [entry["active"] for entry in record["history"]["log"]] == [
+                entry["active"] for entry in reference["history"]["log"]
+            ]
+    assert held == set(reference["tensors"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_several_ranks_hold_is_equal_to_the_bit(layout, name):
+    layout_name, records = layout
+    if (layout_name, name) in NOT_WITH:
+        pytest.skip("refused with this layout")
+    tensor_ranks = LAYOUTS[layout_name][1].get("tensor_model_parallel_size", 1)
+    compared = 0
+    for (one, first), (other, second) in itertools.combinations(enumerate(records[name]), 2):
+        for key in set(first["tensors"]) & set(second["tensors"]):
+            whole = torch.empty(first["tensors"][key].shape)
+            replicated = mine(whole, key, 0, 2).shape == whole.shape
+            if replicated or one % tensor_ranks == other % tensor_ranks:
+                assert torch.equal(first["tensors"][key], second["tensors"][key]), key
+                compared += 1
+    per_layer = layout_name == "PP2" and name in ("LoRA",)  # nothing is on two stages
+    assert compared or per_layer
+
+
+def exchanged(record):
+    """Numbers of collectives in one step: of values as wide as the rank, and as wide as the hidden size."""
+    narrow = [shape for _, shape in record["collectives"] if shape and len(shape) == 2 and shape[-1] == RANK]
+    wide = [shape for _, shape in record["collectives"] if shape and len(shape) == 3 and shape[-1] == 32]
+    return len(narrow), len(wide)
+
+
+def test_tensor_parallelism_costs_one_narrow_collective_per_layer_and_micro_batch(layout, files, tmp_path):
+    """Stock LoRA beside it: an all-gather of r, an all-reduce of r and one of the full hidden size."""
+    name, records = layout
+    if name != "TP2":
+        pytest.skip("counted once")
+    stock = {
+        "stock": {"peft": toy.STOCK_SCHEMES["lora-all"], "steps": 2},
+        "none": {"peft": {"peft_scheme": "none"}, "steps": 2},
+    }
+    others = world.run(tmp_path / "run", stock, files, 2, LAYOUTS["TP2"][1])
+    narrow, wide = exchanged(records["LoRA"][0])
+    assert narrow == 2 * 4 * 4  # micro-batches, layers, targets: a backward one for qkv and fc1, a forward one else
+    assert wide <= exchanged(others["none"][0])[1]
+    assert exchanged(others["stock"][0])[1] > wide
