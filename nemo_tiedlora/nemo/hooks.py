@@ -44,7 +44,8 @@ def _setup_optimizer_param_groups(self, stock):
     ours = [group for scheme, adapted in adaptations.items() for group in param_groups(adapted.bank, scheme)]
     placed = {id(tensor) for group in ours for tensor in group["params"]}
     others = {id(p): p for group in self._optimizer_param_groups for p in group["params"] if id(p) not in placed}
-    self._optimizer_param_groups = (*([{"params": list(others.values())}] if others else []), *ours)
+    rest = [{"params": list(others.values())}] if others or not ours else []  # a stage may train nothing
+    self._optimizer_param_groups = (*rest, *ours)
 
 
 def _configure_callbacks(self):

@@ -75,10 +75,17 @@ class Interruptible(Callback):
         set_random_states(self._states_before_validation)
 
     def on_save_checkpoint(self, trainer, model, checkpoint):
-        checkpoint["random_states"] = random_states()
+        states = [None] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(states, random_states())
+        else:
+            states = [random_states()]
+        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer, model, checkpoint):
-        self._resumed_states = checkpoint.get("random_states")
+        states = checkpoint.get("random_states") or []
+        # Another number of ranks draws other random numbers, whatever it starts from.
+        self._resumed_states = states[trainer.global_rank] if len(states) == trainer.world_size else None
         # NeMo's loader of a resumed run holds the remaining batches only, but Lightning would count the done ones
         # against it, end the epoch early and then repeat the data.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

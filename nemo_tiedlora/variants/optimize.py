@@ -59,8 +59,8 @@ class Conductor:
     def _before(self, optimizer: Optimizer, args, kwargs) -> None:
         active = self.dynamic.active_keys() if self.dynamic else None
         groups = [group for group in optimizer.param_groups if group.get("adapter") == self.adapter]
-        if self.local and groups:
-            self.rates.append(groups[0]["lr"])
+        if self.local:
+            self.rates.append(optimizer.param_groups[0]["lr"])
         for group in groups:
             if active is not None and active.isdisjoint(group["keys"]):
                 self._hold(group)
@@ -71,9 +71,7 @@ class Conductor:
         scheduled = group["lr"]
         self._put_back.append(partial(group.update, lr=scheduled))
         if self.local:
-            (key,) = group["keys"]
-            scheduled = self.rates[self.steps.get(key, 0)]
-            self.steps[key] = self.steps.get(key, 0) + 1
+            scheduled = self.rates[self.steps.get(group["keys"][0], 0)]
         group["lr"] = scheduled * group["lr_ratio"]
 
     def _hold(self, group: dict[str, Any]) -> None:
@@ -89,6 +87,8 @@ class Conductor:
             put_back()
         self._put_back.clear()
         if self.dynamic:
+            for key in self.dynamic.active_keys():  # also those that are on another pipeline stage
+                self.steps[key] = self.steps.get(key, 0) + 1
             self.dynamic.advance(self.ranks)
 
     def leave(self) -> None:
