@@ -14,7 +14,7 @@ from yaml import YAMLError
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
 from nemo_tiedlora.nemo.sizes import check_fit
-from nemo_tiedlora.nemo.targets import is_gated
+from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
 
 #: NeMo's own schemes that the job runs as they are; the key of their settings under model.peft.
@@ -26,16 +26,6 @@ STOCK_SCHEMES = {
     "selective": "selective_tuning",
     "none": None,
 }
-
-#: What has to match between an adapter's base and the one it is put on.
-SHAPE_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-)
 
 #: A run writes checkpoints, logs and the adapter; less free disk than this is not worth starting with.
 MINIMUM_FREE_BYTES = 64 * 2**20
