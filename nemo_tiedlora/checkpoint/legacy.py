@@ -7,6 +7,7 @@ NeMo cuts ``linear_in`` along the rank (column-parallel layers) or along ``in`` 
 import io
 import pickle
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nemo_tiedlora.checkpoint.adapter import Adapter, Base
 from nemo_tiedlora.checkpoint.archive import Archive, opened
 from nemo_tiedlora.checkpoint.store import MODEL_CONFIG, MOST_BYTES
 from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand
+from nemo_tiedlora.variants import config_for
 
 #: NeMo's name of an adapter, and its target.
 ADAPTERS = {
@@ -60,6 +62,7 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
             "target_modules": expand(list(lora.get("target_modules") or ["attention_qkv"])),
             "layer_selection": lora.get("layer_selection") and list(lora.layer_selection),
         }
+        settings = asdict(config_for("tied_lora", settings))
         return Adapter("tied_lora", settings, Base.of(saved), _whole(_load(archive), saved, archive))
 
 

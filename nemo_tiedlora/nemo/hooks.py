@@ -1,4 +1,4 @@
-"""Where NeMo's models meet the schemes: its PEFT map, its adapter registry, and how its models train and save adapters."""
+"""Where NeMo's models meet the schemes: its PEFT map, its adapter registry, and how its models train and save."""
 
 from functools import partial, partialmethod
 from typing import Any
