@@ -36,7 +36,8 @@ class Base:
     """The model that an adapter was trained on.
 
     Args:
-        shape: the fields of its config that decide the adapter's tensors: ``SHAPE_FIELDS`` and ``activation``.
+        shape: the fields of its config that decide the adapter's tensors: ``SHAPE_FIELDS`` and ``activation``;
+            those that are null are left out.
         checksums: SHA-256 of the weights of each adapted kind, by path; see ``checkpoint.base.checksums``. Empty:
             not recorded.
     """
@@ -47,50 +48,32 @@ class Base:
     @classmethod
     def of(cls, model: DictConfig, checksums: Mapping[str, str] | None = None) -> "Base":
         """From a NeMo GPT's model config."""
-        return cls({name: model.get(name) for name in (*SHAPE_FIELDS, "activation")}, dict(checksums or {}))
+        shape = {name: model.get(name) for name in (*SHAPE_FIELDS, "activation")}
+        return cls(_said(shape), dict(checksums or {}))
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A trained adapter.
+class Method:
+    """A method on a base: everything about an adapter but its numbers.
 
     Args:
         scheme: name of the method, a key of ``variants.SCHEMES``.
         settings: all of the method's settings, those that were decided later (groups, rank) included.
-        base: what it was trained on.
-        tensors: whole tensors by logical key, e.g. ``attention_qkv.3.A``: all trained ones; frozen random ones may be
-            there too, and are drawn again from the seed if not.
-        versions: of the packages that made it.
-        model_config: the training model's NeMo config as YAML, for NeMo's scripts; only kept in ``.nemo`` files.
+        base: what it is for.
 
-    Raises:
-        UsageError: settings that the method or the base's shape refuses, or tensors that do not fit them, by name.
+    Reading any attribute raises ``UsageError`` if the method or the base's shape refuses the settings.
     """
 
     scheme: str
     settings: dict[str, Any]
     base: Base
-    tensors: dict[str, Tensor]
-    versions: dict[str, str] = field(default_factory=installed)
-    model_config: str | None = None
-
-    def __post_init__(self):
-        declared = {key: spec.shape(site, self.variant.rank) for key, (spec, site) in self.specs.items()}
-        for key, (spec, _) in self.specs.items():
-            if spec.trained and key not in self.tensors:
-                raise UsageError("adapter", self.scheme, f"the tensor {key} is missing")
-        for key, tensor in self.tensors.items():
-            if key not in declared:
-                raise UsageError("adapter", self.scheme, f"the tensor {key} is not one of its method's")
-            if tuple(tensor.shape) != declared[key]:
-                shapes = f"has shape {tuple(tensor.shape)}; its settings say {declared[key]}"
-                raise UsageError("adapter", self.scheme, f"the tensor {key} {shapes}")
-            if not tensor.is_floating_point():
-                raise UsageError("adapter", self.scheme, f"the tensor {key} is of type {tensor.dtype}")
 
     @cached_property
     def config(self) -> VariantConfig:
         """The method's settings, checked."""
+        for section in (self.settings, self.settings.get("settings") or {}):
+            if isinstance(section.get("groups"), str):  # the file of a stranger must not choose what is read
+                raise UsageError("groups", section["groups"], "an adapter holds its groups as lists")
         return config_for(self.scheme, self.settings)
 
     @cached_property
@@ -127,6 +110,43 @@ class Adapter:
         peft = {"peft_scheme": self.scheme, f"{self.scheme}_tuning": self.settings}
         return OmegaConf.merge(model, {"peft": peft})
 
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every tensor, by key."""
+        return {key: spec.shape(site, self.variant.rank) for key, (spec, site) in self.specs.items()}
+
+
+@dataclass(frozen=True)
+class Adapter(Method):
+    """A trained adapter.
+
+    Args:
+        tensors: whole tensors by logical key, e.g. ``attention_qkv.3.A``: all trained ones; frozen random ones may be
+            there too, and are drawn again from the seed if not.
+        versions: of the packages that made it.
+        model_config: the training model's NeMo config as YAML, for NeMo's scripts; only kept in ``.nemo`` files.
+
+    Raises:
+        UsageError: settings that the method or the base's shape refuses, or tensors that do not fit them, by name.
+    """
+
+    tensors: dict[str, Tensor]
+    versions: dict[str, str] = field(default_factory=installed)
+    model_config: str | None = None
+
+    def __post_init__(self):
+        for key, (spec, _) in self.specs.items():
+            if spec.trained and key not in self.tensors:
+                raise UsageError("adapter", self.scheme, f"the tensor {key} is missing")
+        for key, tensor in self.tensors.items():
+            if key not in self.shapes:
+                raise UsageError("adapter", self.scheme, f"the tensor {key} is not one of its method's")
+            if tuple(tensor.shape) != self.shapes[key]:
+                shapes = f"has shape {tuple(tensor.shape)}; its settings say {self.shapes[key]}"
+                raise UsageError("adapter", self.scheme, f"the tensor {key} {shapes}")
+            if not tensor.is_floating_point():
+                raise UsageError("adapter", self.scheme, f"the tensor {key} is of type {tensor.dtype}")
+
     def frozen(self) -> dict[str, Tensor]:
         """The frozen tensors by key, in float32: drawn again from the seed where they are not stored.
 
@@ -135,11 +155,11 @@ class Adapter:
         """
         expected = self.config.checksums or {}
         tensors = {}
-        for key, (spec, site) in self.specs.items():
+        for key, (spec, _) in self.specs.items():
             if spec.trained:
                 continue
             stored = self.tensors.get(key)
-            drawn = spec.init.draw(spec.shape(site, self.variant.rank), self.variant.seed, key)
+            drawn = spec.init.draw(self.shapes[key], self.variant.seed, key)
             tensors[key] = drawn if stored is None else stored.float()
             if stored is None and expected.get(key) not in (None, checksum(drawn)):
                 way_out = f"the frozen {key} drawn from it is not the one this adapter was trained against"
@@ -163,8 +183,13 @@ def paths_of(config: VariantConfig) -> list[str]:
 
 
 def settings_of(config: VariantConfig, variant: Variant, checksums: dict[str, str]) -> dict[str, Any]:
-    """All settings of a method as plain data, with what was decided and the checksums of frozen tensors."""
-    return asdict(config) | {"checksums": checksums or None} | variant.decided()
+    """All settings of a method as plain data, with what was decided and the checksums of frozen tensors; those that are
+    null are left out."""
+    return _said(asdict(config) | {"checksums": checksums or None} | variant.decided())
+
+
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _check_shape(shape: dict[str, Any]) -> None:

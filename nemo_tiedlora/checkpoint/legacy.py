@@ -7,7 +7,6 @@ NeMo cuts ``linear_in`` along the rank (column-parallel layers) or along ``in`` 
 import io
 import pickle
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from yaml import YAMLError
 
-from nemo_tiedlora.checkpoint.adapter import Adapter, Base
+from nemo_tiedlora.checkpoint.adapter import Adapter, Base, settings_of
 from nemo_tiedlora.checkpoint.archive import Archive, opened
 from nemo_tiedlora.checkpoint.store import MODEL_CONFIG, MOST_BYTES
 from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand
-from nemo_tiedlora.variants import config_for
+from nemo_tiedlora.variants import build, config_for
 
 #: NeMo's name of an adapter, and its target.
 ADAPTERS = {
@@ -62,7 +61,8 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
             "target_modules": expand(list(lora.get("target_modules") or ["attention_qkv"])),
             "layer_selection": lora.get("layer_selection") and list(lora.layer_selection),
         }
-        settings = asdict(config_for("tied_lora", settings))
+        config = config_for("tied_lora", settings)
+        settings = settings_of(config, build(config, saved.num_layers), {})
         return Adapter("tied_lora", settings, Base.of(saved), _whole(_load(archive), saved, archive))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 #: What stands in a key's place for several layers: ``0-31`` or ``0,2,5-7``.
-SEVERAL = re.compile(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)+|\d{1,6}-\d{1,6}")
+SEVERAL = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)+|\d{1,9}-\d{1,9}", re.ASCII)
 
 
 def stack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -18,7 +18,7 @@ def stack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     stacked = {}
     for key, tensor in tensors.items():
         parts = key.split(".")
-        places = [place for place, part in enumerate(parts) if part.isdecimal()]
+        places = [place for place, part in enumerate(parts) if part.isascii() and part.isdecimal()]
         if len(places) == 1:
             place = places[0]
             kind = (*parts[:place], None, *parts[place + 1 :])
@@ -49,7 +49,7 @@ def unstack(stacked: dict[str, Tensor]) -> dict[str, Tensor]:
         if places:
             rows = tensor.shape[0] if tensor.dim() else 0
             layers = _layers(parts[places[0]], rows)
-            if len(layers) != rows:
+            if len(set(layers)) != rows:
                 raise ValueError(f"{name} has {rows} rows")
             before, after = parts[: places[0]], parts[places[0] + 1 :]
             found = {".".join([*before, str(layer), *after]): row for layer, row in zip(layers, tensor, strict=True)}
@@ -71,7 +71,7 @@ def _ranges(layers: list[int]) -> str:
 
 
 def _layers(ranges: str, most: int) -> list[int]:
-    """The layers that ``ranges`` name, but no more than one above ``most``."""
+    """The layers that ``ranges`` name; of a range that is too long for ``most`` rows, only as many as show it."""
     layers: list[int] = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")

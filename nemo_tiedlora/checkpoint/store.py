@@ -11,6 +11,8 @@ import os
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from nemo_tiedlora.checkpoint.adapter import Adapter, Base
+from nemo_tiedlora.checkpoint.adapter import Adapter, Base, Method
 from nemo_tiedlora.checkpoint.archive import entry, opened
 from nemo_tiedlora.checkpoint.stack import stack, unstack
 from nemo_tiedlora.errors import UsageError
@@ -118,11 +120,10 @@ def _config(adapter: Adapter, payload: bytes, model_config: bytes | None) -> byt
         "format": FORMAT,
         "method": adapter.scheme,
         "settings": adapter.settings,
-        "base": {"shape": adapter.base.shape, "checksums": adapter.base.checksums},
+        "base": asdict(adapter.base),
         "versions": adapter.versions,
         "payload_sha256": hashlib.sha256(payload).hexdigest(),
     }
-    content["elements"] = sum(tensor.numel() for tensor in adapter.tensors.values())
     if model_config is not None:
         content["model_config_sha256"] = hashlib.sha256(model_config).hexdigest()
     return _dump(content | {"sha256": _sha256(content)})
@@ -163,7 +164,9 @@ def _check_digest(config: dict[str, Any], name: str, content: bytes, file: str) 
 
 
 def _most_bytes(config: dict[str, Any]) -> int:
-    return MOST_ITEM_BYTES * int(config["elements"]) + MOST_BYTES
+    """Of the tensor file, if it fits its config."""
+    method = Method(config["method"], config["settings"], Base(**config["base"]))
+    return MOST_ITEM_BYTES * sum(map(prod, method.shapes.values())) + MOST_BYTES
 
 
 def _pending(folder: Path, sha256: str) -> Path:

@@ -1,16 +1,13 @@
 """Adapters of real NeMo models as canonical files: saved, loaded, merged, and NeMo's own converted."""
 
-import json
 import tarfile
 
 import pytest
 import torch
-import toy
 from test_adapter import EVERY_MATRIX, logits
 
-from nemo_tiedlora.checkpoint import read, write
+from nemo_tiedlora.checkpoint import read
 from nemo_tiedlora.checkpoint.base import open_base
-from nemo_tiedlora.checkpoint.legacy import convert
 from nemo_tiedlora.checkpoint.merge import merge, unmerge
 from nemo_tiedlora.errors import UsageError
 
