@@ -100,7 +100,7 @@ def params(
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="A saved adapter (.nemo).")],
+    adapter: Annotated[Path, typer.Argument(help="A saved adapter: a .nemo or a folder.")],
     as_json: AsJson = False,
 ) -> None:
     """Describe a saved adapter: method, targets, rank, counts, seed, and the base it was trained on."""
@@ -108,11 +108,11 @@ def inspect(
 
     from omegaconf import OmegaConf
 
-    from nemo_tiedlora.nemo.inputs import SHAPE_FIELDS, STOCK_SCHEMES, nemo_config
+    from nemo_tiedlora.nemo.inputs import SHAPE_FIELDS, STOCK_SCHEMES, saved_config
     from nemo_tiedlora.nemo.sizes import sizes
     from nemo_tiedlora.variants import SCHEMES, config_for
 
-    saved = nemo_config(adapter, "adapter")
+    saved = saved_config(adapter, "adapter")
     scheme = (saved.get("peft") or {}).get("peft_scheme")
     if scheme in (None, "none"):
         raise UsageError("adapter", str(adapter), "a whole model, not an adapter")
@@ -121,7 +121,8 @@ def inspect(
     facts = {"scheme": scheme, **settings}
     if scheme in SCHEMES:
         facts |= asdict(sizes(config_for(scheme, settings), saved))
-    facts["file_bytes"] = adapter.stat().st_size
+    files = adapter.iterdir() if adapter.is_dir() else [adapter]
+    facts["file_bytes"] = sum(file.stat().st_size for file in files)
     facts["base"] = {"file": saved.get("restore_from_path"), **{name: saved.get(name) for name in SHAPE_FIELDS}}
     show(facts, as_json)
 
@@ -193,6 +194,55 @@ def groups(
     draw([[panel]], "similarity", picture)
     shown_facts = {name: result[name] for name in ("groups", "trainable", "percent_of_lora", "rank")}
     show(shown_facts | {"file": str(out), "heat_map": str(picture)}, as_json)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Option(help="Base model (.nemo).")],
+    adapter: Annotated[Path, typer.Option(help="Adapter: a .nemo or a folder.")],
+    out: Annotated[Path, typer.Option(help="The .nemo to write.")],
+    unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the adapter out of a merged base.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also with a base of other weights.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter into its base: an ordinary .nemo that needs no adapter, and no more memory than one weight."""
+    from nemo_tiedlora.checkpoint import merge as merging
+    from nemo_tiedlora.nemo.inputs import check_output
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
+    if out.suffix != ".nemo":
+        raise UsageError("out", str(out), "must end in .nemo")
+    if out.resolve() in (base.resolve(), adapter.resolve()):
+        raise UsageError("out", str(out), "would replace what it is made from; give it another name")
+    check_output(out.parent, "out")
+    show((merging.unmerge if unmerge else merging.merge)(base, adapter, out, force), as_json)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter as NeMo saves it (.nemo), of one rank or many.")],
+    out: Annotated[Path, typer.Option(help="A folder to write, or a .nemo.")],
+    base: Annotated[Path | None, typer.Option(help="Record this base (.nemo) as the one it was trained on.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a LoRA adapter in NeMo's own format over as one of scheme tied_lora, preset LoRA, in one file."""
+    from dataclasses import replace
+
+    from nemo_tiedlora.checkpoint import Base, legacy, write
+    from nemo_tiedlora.checkpoint.base import open_base
+    from nemo_tiedlora.nemo.inputs import check_output, check_shape
+
+    check_output(out.parent, "out")
+    converted = legacy.convert(adapter)
+    if base:
+        with open_base(base) as opened:
+            check_shape(converted.shape, opened.config, "base", base)
+            converted = replace(converted, base=Base.of(opened.config, opened.checksums(converted.paths)))
+    sha256 = write(converted, out)
+    parameters = sum(tensor.numel() for tensor in converted.tensors.values())
+    facts = {"file": str(out), "scheme": converted.scheme, "trainable": parameters, "adapter_sha256": sha256}
+    show(facts | {name: converted.settings[name] for name in ("rank", "alpha", "target_modules")}, as_json)
 
 
 @app.command()

@@ -1,24 +1,68 @@
 """Writing files so that a crash never leaves half of one."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nemo_tiedlora.errors import UsageError
+
+#: What the system says when a disk, a quota or a file-size limit is full.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` to write to; it takes ``path``'s place only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary name beside ``path`` to write to; it takes ``path``'s place only if the block succeeds.
+
+    What ``path`` names is on disk before this returns, so that a power cut leaves the old file or the new one.
+
+    Raises:
+        UsageError: the disk is full; the old file is as it was.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-        os.replace(unfinished, path)
+        move(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+        if _is_full(error):
+            raise UsageError("file", str(path), "no disk space to write it; nothing was changed") from None
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
 
+def move(finished: Path, path: Path) -> None:
+    """Let ``finished`` take ``path``'s place in the same folder, once all of it is on disk."""
+    _flush(finished)
+    os.replace(finished, path)
+    _flush(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` in one step, as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path`` in one step."""
     with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

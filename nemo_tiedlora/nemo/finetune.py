@@ -18,7 +18,7 @@ from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.calibrate import Calibration, groups_file
-from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, scheme_of
+from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, saved_config, scheme_of
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
@@ -135,7 +135,7 @@ def _find_groups(cfg: DictConfig, folder: Path) -> None:
 
 def _take_saved_settings(cfg: DictConfig) -> None:
     """A restored adapter keeps the settings it was made with: they decide its tensors."""
-    saved = nemo_config(cfg.model.peft.restore_from_path, "model.peft.restore_from_path").get("peft") or {}
+    saved = saved_config(cfg.model.peft.restore_from_path, "model.peft.restore_from_path").get("peft") or {}
     with open_dict(cfg.model.peft):
         for name, section in saved.items():
             if name.endswith("_tuning"):

@@ -1,13 +1,15 @@
-"""Where NeMo's models meet the schemes: its PEFT map, its adapter registry and three methods of its adapter mixin."""
+"""Where NeMo's models meet the schemes: its PEFT map, its adapter registry, and how its models train and save."""
 
 from functools import partial, partialmethod
 from typing import Any
 
 from lightning.pytorch import Callback
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, register_adapter
 
+from nemo_tiedlora.nemo import saved
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.variants import SCHEMES, Conductor, Dynamic, param_groups
@@ -27,6 +29,9 @@ def register_schemes() -> None:
             _setup_optimizer_param_groups, mixin.setup_optimizer_param_groups
         )
         mixin.configure_callbacks = _configure_callbacks
+        mixin.load_adapters = partialmethod(saved.load_adapters, mixin.load_adapters)
+        connector = NLPSaveRestoreConnector
+        connector.save_to = partialmethod(saved.save_to, connector.save_to)
 
 
 def _tie_weights(self, stock, peft_cfg):

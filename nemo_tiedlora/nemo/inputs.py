@@ -11,10 +11,11 @@ from pathlib import Path
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from yaml import YAMLError
 
+from nemo_tiedlora.checkpoint import is_canonical, read
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
 from nemo_tiedlora.nemo.sizes import check_fit
-from nemo_tiedlora.nemo.targets import is_gated
+from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
 
 #: NeMo's own schemes that the job runs as they are; the key of their settings under model.peft.
@@ -26,16 +27,6 @@ STOCK_SCHEMES = {
     "selective": "selective_tuning",
     "none": None,
 }
-
-#: What has to match between an adapter's base and the one it is put on.
-SHAPE_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-)
 
 #: A run writes checkpoints, logs and the adapter; less free disk than this is not worth starting with.
 MINIMUM_FREE_BYTES = 64 * 2**20
@@ -105,14 +96,29 @@ def nemo_config(path: str | Path, field: str) -> DictConfig:
     raise UsageError(field, str(path), "not a .nemo file: there is no model_config.yaml in it")
 
 
+def saved_config(path: str | Path, field: str) -> DictConfig:
+    """The model config saved with an adapter, in the canonical form or in NeMo's."""
+    if not is_canonical(path):
+        return nemo_config(path, field)
+    adapter = read(path, field)
+    own = OmegaConf.create(adapter.model_config) if adapter.model_config else OmegaConf.create({"mcore_gpt": True})
+    return adapter.put_into(OmegaConf.merge(own, adapter.base.shape))
+
+
 def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | None = None) -> DictConfig:
     """The config saved with an adapter, once it is known to fit ``base`` (and ``scheme``, if given)."""
-    saved = nemo_config(path, field)
+    saved = saved_config(path, field)
     trained = (saved.get("peft") or {}).get("peft_scheme")
     if not trained or trained == "none":
         raise UsageError(field, str(path), "a whole model, not an adapter")
     if scheme not in (None, trained):
         raise UsageError(field, str(path), f"an adapter of scheme {trained}; set model.peft.peft_scheme={trained}")
+    check_shape(saved, base, field, path)
+    return saved
+
+
+def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Path) -> None:
+    """Raise ``UsageError`` unless an adapter's base had the shape of ``base``."""
     for name in SHAPE_FIELDS:
         if saved.get(name) != base.get(name):
             raise UsageError(
@@ -120,7 +126,6 @@ def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | 
             )
     if is_gated(saved) != is_gated(base):
         raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")
-    return saved
 
 
 def check_data(section: DictConfig, field: str) -> None:

@@ -33,6 +33,16 @@ TARGETS = {
     "mlp_up": Target("mlp.linear_fc1", "column", "up"),
     "mlp_fc2": Target("mlp.linear_fc2", "row"),
 }
+#: The fields of a NeMo GPT's model config that decide the shapes of its linear layers.
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+)
+
 #: Names for several targets, or another name for one.
 NAMES = {
     "attention": ["attention_qkv", "attention_dense"],

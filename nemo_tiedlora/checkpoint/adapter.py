@@ -1,0 +1,203 @@
+"""One adapter as a value: what it is, what it was trained on, and its tensors, whole and unsharded."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.sizes import sites
+from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, TARGETS, expand
+from nemo_tiedlora.variants import Site, TensorSpec, Variant, VariantConfig, build, checksum, config_for
+
+#: Packages whose versions a saved adapter records.
+PACKAGES = ("nemo_tiedlora", "torch", "nemo_toolkit", "megatron-core")
+#: More than any model has; a file that declares more would only cost time.
+MOST_LAYERS = 10_000
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that matter to an adapter, of those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter was trained on.
+
+    Args:
+        shape: the fields of its config that decide the adapter's tensors: ``SHAPE_FIELDS`` and ``activation``;
+            those that are null are left out.
+        checksums: SHA-256 of the weights of each adapted kind, by path; see ``checkpoint.base.checksums``. Empty:
+            not recorded.
+    """
+
+    shape: dict[str, Any]
+    checksums: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: DictConfig, checksums: Mapping[str, str] | None = None) -> "Base":
+        """From a NeMo GPT's model config."""
+        shape = {name: model.get(name) for name in (*SHAPE_FIELDS, "activation")}
+        return cls(_said(shape), dict(checksums or {}))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method on a base: everything about an adapter but its numbers.
+
+    Args:
+        scheme: name of the method, a key of ``variants.SCHEMES``.
+        settings: all of the method's settings, those that were decided later (groups, rank) included.
+        base: what it is for.
+
+    Reading any attribute raises ``UsageError`` if the method or the base's shape refuses the settings.
+    """
+
+    scheme: str
+    settings: dict[str, Any]
+    base: Base
+
+    @cached_property
+    def config(self) -> VariantConfig:
+        """The method's settings, checked."""
+        for section in (self.settings, self.settings.get("settings") or {}):
+            if isinstance(section.get("groups"), str):  # the file of a stranger must not choose what is read
+                raise UsageError("groups", section["groups"], "an adapter holds its groups as lists")
+        return config_for(self.scheme, self.settings)
+
+    @cached_property
+    def shape(self) -> DictConfig:
+        """The base's shape, as the fields of a NeMo model config."""
+        return OmegaConf.create(self.base.shape)
+
+    @cached_property
+    def variant(self) -> Variant:
+        """The source of factors."""
+        _check_shape(self.base.shape)
+        return build(self.config, self.shape.num_layers)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """The adapted layers."""
+        for layer in self.config.layer_selection or ():
+            if not 1 <= layer <= self.shape.num_layers:
+                raise UsageError("layer_selection", layer, f"the base has layers 1 to {self.shape.num_layers}")
+        return sites(self.config, self.shape)
+
+    @cached_property
+    def specs(self) -> dict[str, tuple[TensorSpec, Site]]:
+        """Every tensor behind the factors by key, with the first layer that uses it."""
+        return specs_of(self.variant, self.sites)
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """The adapted kinds of linear layer, by path below a transformer layer, sorted."""
+        return paths_of(self.config)
+
+    def put_into(self, model: DictConfig) -> DictConfig:
+        """Its settings in a copy of a model's config, under ``peft``, where NeMo looks for them."""
+        peft = {"peft_scheme": self.scheme, f"{self.scheme}_tuning": self.settings}
+        return OmegaConf.merge(model, {"peft": peft})
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of every tensor, by key."""
+        return {key: spec.shape(site, self.variant.rank) for key, (spec, site) in self.specs.items()}
+
+
+@dataclass(frozen=True)
+class Adapter(Method):
+    """A trained adapter.
+
+    Args:
+        tensors: whole tensors by logical key, e.g. ``attention_qkv.3.A``: all trained ones; frozen random ones may be
+            there too, and are drawn again from the seed if not.
+        versions: of the packages that made it.
+        model_config: the training model's NeMo config as YAML, for NeMo's scripts; only kept in ``.nemo`` files.
+
+    Raises:
+        UsageError: settings that the method or the base's shape refuses, or tensors that do not fit them, by name.
+    """
+
+    tensors: dict[str, Tensor]
+    versions: dict[str, str] = field(default_factory=installed)
+    model_config: str | None = None
+
+    def __post_init__(self):
+        for key, (spec, _) in self.specs.items():
+            if spec.trained and key not in self.tensors:
+                raise UsageError("adapter", self.scheme, f"the tensor {key} is missing")
+        for key, tensor in self.tensors.items():
+            if key not in self.shapes:
+                raise UsageError("adapter", self.scheme, f"the tensor {key} is not one of its method's")
+            if tuple(tensor.shape) != self.shapes[key]:
+                shapes = f"has shape {tuple(tensor.shape)}; its settings say {self.shapes[key]}"
+                raise UsageError("adapter", self.scheme, f"the tensor {key} {shapes}")
+            if not tensor.is_floating_point():
+                raise UsageError("adapter", self.scheme, f"the tensor {key} is of type {tensor.dtype}")
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The frozen tensors by key, in float32: drawn again from the seed where they are not stored.
+
+        Raises:
+            UsageError: one is not what the adapter was trained against.
+        """
+        expected = self.config.checksums or {}
+        tensors = {}
+        for key, (spec, _) in self.specs.items():
+            if spec.trained:
+                continue
+            stored = self.tensors.get(key)
+            drawn = spec.init.draw(self.shapes[key], self.variant.seed, key)
+            tensors[key] = drawn if stored is None else stored.float()
+            if stored is None and expected.get(key) not in (None, checksum(drawn)):
+                way_out = f"the frozen {key} drawn from it is not the one this adapter was trained against"
+                raise UsageError("seed", self.variant.seed, way_out)
+        return tensors
+
+
+def specs_of(variant: Variant, adapted: list[Site]) -> dict[str, tuple[TensorSpec, Site]]:
+    """Every tensor behind the factors of the adapted layers, by key, with the first layer that uses it."""
+    found: dict[str, tuple[TensorSpec, Site]] = {}
+    for site in adapted:
+        variant.check(site)
+        for spec in variant.tensors(site).values():
+            found.setdefault(spec.key, (spec, site))
+    return found
+
+
+def paths_of(config: VariantConfig) -> list[str]:
+    """The kinds of linear layer that a config adapts, by path below a transformer layer, sorted."""
+    return sorted({TARGETS[target].path for target in expand(config.target_modules)})
+
+
+def settings_of(config: VariantConfig, variant: Variant, checksums: dict[str, str]) -> dict[str, Any]:
+    """All settings of a method as plain data, with what was decided and the checksums of frozen tensors; those that are
+    null are left out."""
+    return _said(asdict(config) | {"checksums": checksums or None} | variant.decided())
+
+
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_shape(shape: dict[str, Any]) -> None:
+    for name in SHAPE_FIELDS:
+        size = shape.get(name)
+        if size is None and name in ("num_query_groups", "kv_channels"):
+            continue
+        if type(size) is not int or size < 1 or (name == "num_layers" and size > MOST_LAYERS):
+            raise UsageError(f"base.{name}", size, "not a size that a model can have")
+    if shape["num_attention_heads"] % (shape.get("num_query_groups") or 1):
+        raise UsageError("base.num_query_groups", shape["num_query_groups"], "does not divide the attention heads")

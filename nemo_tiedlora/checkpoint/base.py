@@ -1,0 +1,304 @@
+"""The linear layers' weights of a base ``.nemo``, one at a time and whole, however the file is sharded; without NeMo.
+
+Two kinds of file are read: a distributed checkpoint (``model_weights/`` of the ``torch_dist`` backend), and a single
+``model_weights.ckpt``.
+"""
+
+import hashlib
+import io
+import pickle
+import re
+import shutil
+import tarfile
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from yaml import YAMLError
+
+from nemo_tiedlora.checkpoint.archive import Archive, entry, opened
+from nemo_tiedlora.console import progress
+from nemo_tiedlora.files import replacing
+
+MODEL_CONFIG = "model_config.yaml"
+METADATA = "model_weights/.metadata"
+SINGLE = "model_weights.ckpt"
+#: ``decoder.layers.<layer>.<path>.weight``; a distributed checkpoint may stack layers, and then names none.
+WEIGHT = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(?:(\d+)\.)?(\w+\.linear_\w+)\.weight")
+#: A config or the list of a checkpoint's pieces cannot be larger.
+MOST_CONFIG, MOST_METADATA = 16 * 2**20, 2**30
+
+#: Takes a weight's path, its 0-based layer and the weight (out, in) to what is to be written in its place.
+Change = Callable[[str, int, Tensor], Tensor]
+
+
+class BaseFile(ABC):
+    """An open base.
+
+    Attributes:
+        config: its ``model_config.yaml``.
+    """
+
+    def __init__(self, archive: Archive):
+        self.archive = archive
+        try:
+            text = archive.read(MODEL_CONFIG, MOST_CONFIG).decode()
+            self.config: DictConfig = OmegaConf.create(text)
+        except (UnicodeDecodeError, YAMLError) as error:
+            raise archive.error(f"its {MODEL_CONFIG} is damaged ({type(error).__name__})") from None
+
+    @abstractmethod
+    def weight(self, path: str, layer: int) -> Tensor:
+        """The whole weight (out, in) of one linear layer, in the file's dtype.
+
+        Args:
+            path: below a transformer layer, e.g. ``self_attention.linear_qkv``.
+            layer: 0-based.
+        """
+
+    @abstractmethod
+    def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
+        """Write the weights into ``tar``; return the names of the members that are done with."""
+
+    def write(self, out: Path, config: DictConfig, paths: list[str], change: Change) -> None:
+        """Write a copy of the base with other weights in its linear layers.
+
+        Args:
+            config: its ``model_config.yaml``.
+            paths: the kinds of linear layer that ``change`` is called for.
+            change: must give a weight of the same shape and dtype; may be called several times for one layer.
+        """
+        text = OmegaConf.to_yaml(config).encode()
+        with replacing(out) as unfinished, tarfile.open(unfinished, "w", format=tarfile.GNU_FORMAT) as tar:
+            tar.addfile(entry(MODEL_CONFIG, len(text)), io.BytesIO(text))
+            done = {MODEL_CONFIG} | self._write_weights(tar, paths, change)
+            for name, member in self.archive.members.items():
+                if name not in done:
+                    tar.addfile(entry(name, member.size), self.archive.open(name))
+
+    def checksums(self, paths: list[str]) -> dict[str, str]:
+        """SHA-256 of the weights of each kind of linear layer, by path.
+
+        Of the layers in order: a line ``<path>.weight <layer> <out>x<in> <dtype>`` and then the weight's bytes, row by
+        row, little-endian. It says nothing of how the file is packed or sharded, and needs one weight in memory.
+        """
+        layers = range(self.config.num_layers)
+        steps = [(path, layer) for path in paths for layer in layers]
+        digests = {path: hashlib.sha256() for path in paths}
+        for path, layer in progress(steps, "base checksum", len(steps)):
+            weight = self.weight(path, layer)
+            size = "x".join(map(str, weight.shape))
+            digests[path].update(f"{path}.weight {layer} {size} {str(weight.dtype).removeprefix('torch.')}\n".encode())
+            digests[path].update(weight.contiguous().view(-1).view(torch.uint8).numpy())
+        return {path: digest.hexdigest() for path, digest in digests.items()}
+
+
+class _Piece(NamedTuple):
+    """Where some rows and columns of a weight are stored."""
+
+    index: Any
+    plane: int | None
+    rows: slice
+    columns: slice
+
+
+class _Distributed(BaseFile):
+    """Pieces of tensors, saved one by one into ``.distcp`` files, and a list of them."""
+
+    def __init__(self, archive: Archive):
+        super().__init__(archive)
+        self.metadata = _Metadata(io.BytesIO(archive.read(METADATA, MOST_METADATA))).load()
+        self.storage = self.metadata.storage_data
+        self.pieces: dict[tuple[str, int], list[_Piece]] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.weights_in: dict[Any, list[tuple[str, int, _Piece]]] = {}
+        for index in self.storage:
+            named = WEIGHT.fullmatch(index.fqn)
+            if named:
+                self._note(index, named[2], named[1])
+
+    def _note(self, index: Any, path: str, layer: str | None) -> None:
+        saved = self.metadata.state_dict_metadata[index.fqn]
+        chunk = next(chunk for chunk in saved.chunks if chunk.offsets == index.offset)
+        *layers, rows, columns = (slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        self.shapes[path] = saved.size[-2:]
+        planes = range(layers[0].start, layers[0].stop) if layers else [int(layer or 0)]
+        for plane, number in enumerate(planes):
+            piece = _Piece(index, plane if layers else None, rows, columns)
+            self.pieces.setdefault((path, number), []).append(piece)
+            self.weights_in.setdefault(index, []).append((path, number, piece))
+
+    def weight(self, path: str, layer: int) -> Tensor:
+        if (path, layer) not in self.pieces:
+            raise self.archive.error(f"there is no {path} of layer {layer} in it")
+        weight = None
+        for piece in self.pieces[path, layer]:
+            tensor = self._load(piece.index)
+            if piece.plane is not None:
+                tensor = tensor[piece.plane]
+            if weight is None:
+                weight = tensor.new_empty(self.shapes[path])
+            weight[piece.rows, piece.columns] = tensor
+        return weight
+
+    def _bytes(self, index: Any) -> bytes:
+        info = self.storage[index]
+        if getattr(info, "transform_descriptors", None):
+            raise self.archive.error(f"{index.fqn} is stored compressed, which this program does not read")
+        file = self.archive.open(f"model_weights/{info.relative_path}")
+        file.seek(info.offset)
+        return file.read(info.length)
+
+    def _load(self, index: Any) -> Tensor:
+        return torch.load(io.BytesIO(self._bytes(index)), map_location="cpu", weights_only=True)
+
+    def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
+        latest: tuple[tuple[str, int], Tensor | None] = (("", 0), None)
+
+        def changed(path: str, layer: int) -> Tensor:
+            nonlocal latest
+            if latest[0] != (path, layer):
+                latest = (path, layer), change(path, layer, self.weight(path, layer))
+            return latest[1]
+
+        order = sorted(self.storage, key=lambda index: (self.storage[index].relative_path, self.storage[index].offset))
+        files: dict[str, list[Any]] = {}
+        for index in order:
+            files.setdefault(self.storage[index].relative_path, []).append(index)
+        placed = {}
+        bar = iter(progress(order, "writing", len(order)))
+        for name, inside in files.items():
+            with _growing(tar, f"model_weights/{name}") as out:
+                start = out.tell()
+                for index in inside:
+                    next(bar)
+                    weights = [weight for weight in self.weights_in.get(index, ()) if weight[0] in paths]
+                    content = self._bytes(index)
+                    if weights:
+                        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                        for path, layer, piece in weights:
+                            place = tensor if piece.plane is None else tensor[piece.plane]
+                            place.copy_(changed(path, layer)[piece.rows, piece.columns])
+                        buffer = io.BytesIO()
+                        torch.save(tensor, buffer)
+                        content = buffer.getvalue()
+                    offset = out.tell() - start
+                    out.write(content)
+                    placed[index] = replace(self.storage[index], offset=offset, length=len(content))
+        next(bar, None)
+        metadata = copy(self.metadata)
+        metadata.storage_data = placed
+        metadata.__dict__.pop("all_local_plans", None)
+        content = pickle.dumps(metadata)
+        tar.addfile(entry(METADATA, len(content)), io.BytesIO(content))
+        return {METADATA, *(f"model_weights/{name}" for name in files)}
+
+
+class _Single(BaseFile):
+    """One ``torch.save`` file, unpacked beside the output so that only what is looked at is read into memory."""
+
+    def __init__(self, archive: Archive, unpacked: Path):
+        super().__init__(archive)
+        with archive.open(SINGLE) as source, unpacked.open("wb") as file:
+            shutil.copyfileobj(source, file)
+        with torch.serialization.safe_globals([io.BytesIO]):
+            self.state = torch.load(unpacked, map_location="cpu", weights_only=True, mmap=True)
+        self.keys = {}
+        for key in self.state:
+            named = WEIGHT.fullmatch(key)
+            if named and named[1]:
+                self.keys[named[2], int(named[1])] = key
+
+    def weight(self, path: str, layer: int) -> Tensor:
+        if (path, layer) not in self.keys:
+            raise self.archive.error(f"there is no {path} of layer {layer} in it")
+        return self.state[self.keys[path, layer]]
+
+    def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
+        weights = {place: key for place, key in self.keys.items() if place[0] in paths}
+        for place, key in progress(weights.items(), "writing", len(weights)):
+            self.state[key].copy_(change(*place, self.state[key]))  # the pages changed are this process's own
+        with _growing(tar, SINGLE) as out:
+            torch.save(self.state, _Appended(out))
+        return {SINGLE}
+
+
+class _Appended:
+    """The rest of a file as a file."""
+
+    def __init__(self, file: IO[bytes]):
+        self.write, self.flush = file.write, file.flush
+
+
+@contextmanager
+def open_base(path: Path, field: str = "base", scratch: Path | None = None) -> Iterator[BaseFile]:
+    """The base at ``path``.
+
+    Args:
+        field: what messages call the path.
+        scratch: a folder with room for a copy of a single-file base; by default that of temporary files.
+
+    Raises:
+        UsageError: not a base of either kind.
+    """
+    with opened(path, field) as archive, tempfile.TemporaryDirectory(dir=scratch, prefix=".base.") as folder:
+        try:
+            if METADATA in archive.members:
+                base = _Distributed(archive)
+            elif SINGLE in archive.members:
+                base = _Single(archive, Path(folder) / SINGLE)
+            else:
+                raise archive.error("there is neither a torch_dist checkpoint nor a model_weights.ckpt in it")
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, StopIteration) as error:
+            raise archive.error(f"its weights are damaged ({type(error).__name__}: {error})") from None
+        yield base
+
+
+class _Metadata(pickle.Unpickler):
+    """Reads the list of a distributed checkpoint's pieces, and makes nothing but such lists."""
+
+    SAFE = {
+        "torch.distributed.checkpoint.metadata": None,
+        "torch.distributed.checkpoint.planner": None,
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "collections": {"OrderedDict"},
+    }
+    TORCH = (torch.dtype, torch.layout, torch.memory_format, type)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("megatron.core.dist_checkpointing.") and name == "MCoreSavePlan":
+            return _Plan
+        if module == "torch" and isinstance(getattr(torch, name, None), self.TORCH):
+            return getattr(torch, name)
+        allowed = self.SAFE.get(module, ())
+        if "." not in name and (allowed is None or name in allowed):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+class _Plan:
+    """How the ranks that saved the checkpoint shared the work: of no use to anyone else."""
+
+
+@contextmanager
+def _growing(tar: tarfile.TarFile, name: str) -> Iterator[IO[bytes]]:
+    """A new member, to be written piece by piece: its size goes into its header at the end."""
+    file, start = tar.fileobj, tar.offset
+    file.write(bytes(tarfile.BLOCKSIZE))
+    yield file
+    size = file.tell() - start - tarfile.BLOCKSIZE
+    file.write(bytes(-size % tarfile.BLOCKSIZE))
+    tar.offset = file.tell()
+    header = entry(name, size).tobuf(tarfile.GNU_FORMAT)
+    file.seek(start)
+    file.write(header)
+    file.seek(tar.offset)

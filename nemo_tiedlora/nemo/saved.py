@@ -1,0 +1,137 @@
+"""Adapters of a NeMo model as canonical files: gathered from all ranks when saved, cut for each when loaded."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from nemo.utils import logging
+from omegaconf import OmegaConf, open_dict
+
+from nemo_tiedlora.checkpoint import Adapter, Base, is_canonical, read, write
+from nemo_tiedlora.checkpoint.adapter import settings_of, specs_of
+from nemo_tiedlora.checkpoint.base import open_base
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.inputs import check_shape
+from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
+from nemo_tiedlora.nemo.sizes import sites
+from nemo_tiedlora.nemo.targets import TARGETS, blocks
+from nemo_tiedlora.parallel.cut import cut, join, tensor_ranks
+
+
+def gather(model: NLPAdapterModelMixin, scheme: str | None = None, frozen: bool = False) -> Adapter:
+    """The model's adapter, whole. All ranks must call it together, and each gets the same.
+
+    Args:
+        scheme: which one, if the model has several.
+        frozen: also bring the frozen tensors, which are otherwise drawn again from the seed.
+    """
+    scheme = scheme or next(iter(model.adaptations))
+    bank = model.adaptations[scheme].bank
+    config, variant = bank.variant.config, bank.variant
+    wanted = bank.named_tensors() if frozen else bank.trained()
+    mine = {key: tensor.detach().cpu() for key, tensor in bank.named_tensors().items() if key in wanted}
+    by_tensor_rank = _all(mine, parallel_state.get_tensor_model_parallel_group())
+    specs = specs_of(variant, sites(config, model.cfg))
+    stage = {}
+    for key in mine:
+        spec, site = specs[key]
+        parts = [tensors[key] for tensors in by_tensor_rank]
+        stage[key] = join(parts, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg))
+    stages = _all((stage, bank.checksums), parallel_state.get_pipeline_model_parallel_group())
+    found = {key: tensor for tensors, _ in reversed(stages) for key, tensor in tensors.items()}
+    checksums = {key: checksum for _, known in stages for key, checksum in known.items()}
+    settings = settings_of(config, variant, {key: checksums[key] for key in specs if key in checksums})
+    tensors = {key: found[key] for key in specs if key in found}
+    return Adapter(scheme, settings, Base.of(model.cfg), tensors)
+
+
+def load(model: NLPAdapterModelMixin, adapter: Adapter) -> None:
+    """Copy this rank's part of every tensor of ``adapter`` into the model, which has been given its scheme.
+
+    Raises:
+        UsageError: a tensor that does not fit; then nothing was changed.
+    """
+    ranks, rank = tensor_ranks()
+    parts = []
+    for key, tensor in model.adaptations[adapter.scheme].bank.named_tensors().items():
+        if key not in adapter.specs:
+            raise UsageError("adapter", adapter.scheme, f"the model has a tensor {key}, which the adapter has not")
+        if key in adapter.tensors:
+            spec, site = adapter.specs[key]
+            layout = TARGETS[site.target].parallel, blocks(site.target, model.cfg), ranks, rank
+            part = cut(adapter.tensors[key], spec, *layout)
+            if part.shape != tensor.shape:
+                shapes = f"{tuple(part.shape)} instead of {tuple(tensor.shape)}"
+                raise UsageError("adapter", adapter.scheme, f"the tensor {key} has shape {shapes} on this rank")
+            parts.append((tensor, part))
+    with torch.no_grad():
+        for tensor, part in parts:
+            tensor.copy_(part)
+
+
+def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
+    """NeMo's ``load_adapters``, for files in the canonical form too. What such a file says of its method goes before
+    ``peft_cfgs``: it decides the tensors."""
+    if not is_canonical(filepath):
+        return stock(self, filepath, peft_cfgs, map_location)
+    adapter = read(filepath, "model.peft.restore_from_path")
+    check_shape(adapter.shape, self.cfg, "model.peft.restore_from_path", filepath)
+    asked = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs] if peft_cfgs else []
+    if asked and [getattr(one, "scheme", None) for one in asked] != [adapter.scheme]:
+        way_out = f"an adapter of scheme {adapter.scheme}; set model.peft.peft_scheme={adapter.scheme}"
+        raise UsageError("model.peft.restore_from_path", str(filepath), way_out)
+    with open_dict(self.cfg):
+        self.cfg.peft = OmegaConf.merge(self.cfg.get("peft") or {}, adapter.put_into(OmegaConf.create()).peft)
+        self.cfg.peft[f"{adapter.scheme}_tuning"] = adapter.settings
+    self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg)])
+    load(self, adapter)
+
+
+def save_to(self, stock, model, save_path):
+    """NeMo's saving of a model: of one that is a base with an adapter of ours and nothing else, the adapter, in the
+    canonical form and in one file, whatever the layout."""
+    adaptations = model.__dict__.get("adaptations", {})
+    if len(adaptations) != 1 or not model.setup_complete or not _is_all(model):
+        return stock(self, model, save_path)
+    adapter = gather(model)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        base = Base.of(model.cfg, _base_checksums(model.cfg.get("restore_from_path"), tuple(adapter.paths)))
+        write(replace(adapter, base=base, model_config=OmegaConf.to_yaml(model.cfg)), save_path)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _is_all(model: NLPAdapterModelMixin) -> bool:
+    """Whether all that the model trains, on this stage, is in its one bank."""
+    (adapted,) = model.adaptations.values()
+    ours = {id(tensor) for tensor in adapted.bank.named_tensors().values()}
+    chunks = model._unwrap_model_list()
+    named = [item for chunk in chunks for item in chunk.named_parameters(prefix="model")]
+    keys = model.adapter_keys | model.tunable_base_param_keys
+    return all(id(tensor) in ours for name, tensor in named if name in keys)
+
+
+@cache
+def _base_checksums(path: str | None, paths: tuple[str, ...]) -> dict[str, str]:
+    """Once per process and base: the file is read through. Nothing if it is gone."""
+    if not path or not Path(path).is_file():
+        return {}
+    try:
+        with open_base(Path(path)) as base:
+            return base.checksums(list(paths))
+    except UsageError as error:  # better an adapter that does not know its base than none
+        logging.warning(f"the adapter is saved without the checksum of its base: {error}")
+        return {}
+
+
+def _all(value, group) -> list:
+    """``value`` of every rank of a process group, in order."""
+    ranks = torch.distributed.get_world_size(group)
+    if ranks == 1:
+        return [value]
+    values = [None] * ranks
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
