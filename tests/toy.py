@@ -235,8 +235,8 @@ def finetuning_config(base: Path, train: Path, validation: Path, peft: dict, **o
     return OmegaConf.create(dict(trainer=dict(precision=32), model=model | overrides))
 
 
-def finetuning_model(config, trainer_):
-    """Restore the base as NeMo's fine-tuning script does and add the scheme's adapters."""
+def finetuning_model(config, trainer_, load=None):
+    """Restore the base as NeMo's fine-tuning script does and add the scheme's adapters, or `load` saved ones."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
     from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
     from omegaconf import open_dict
@@ -246,6 +246,9 @@ def finetuning_model(config, trainer_):
     with open_dict(model_config):
         model_config.precision = config.trainer.precision
     model = MegatronGPTSFTModel.restore_from(base, model_config, trainer=trainer_)
+    if load is not None:
+        model.load_adapters(str(load))
+        return model
     schemes = [PEFT_CONFIG_MAP[name] for name in config.model.peft.peft_scheme.split(",")]
     if None not in schemes:
         model.add_adapter([scheme(model_config) for scheme in schemes])

@@ -5,11 +5,11 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
-from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
+from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, register_adapter
 
-from nemo_tiedlora.nemo import saved
+from nemo_tiedlora.nemo import resume, saved
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.variants import SCHEMES, Conductor, Dynamic, param_groups
@@ -32,6 +32,11 @@ def register_schemes() -> None:
         mixin.load_adapters = partialmethod(saved.load_adapters, mixin.load_adapters)
         connector = NLPSaveRestoreConnector
         connector.save_to = partialmethod(saved.save_to, connector.save_to)
+        mixin.on_save_checkpoint = _on_save_checkpoint
+        mixin.on_load_checkpoint = partialmethod(_on_load_checkpoint, mixin.on_load_checkpoint)
+        for name in ("save_checkpoint", "load_checkpoint", "remove_checkpoint"):
+            stock = getattr(NLPDDPStrategy, name)
+            setattr(NLPDDPStrategy, name, partialmethod(getattr(resume, name), stock))
 
 
 def _tie_weights(self, stock, peft_cfg):
@@ -53,6 +58,15 @@ def _setup_optimizer_param_groups(self, stock):
     self._optimizer_param_groups = (*rest, *ours)
 
 
+def _on_save_checkpoint(self, checkpoint):
+    super(NLPAdapterModelMixin, self).on_save_checkpoint(checkpoint)
+    resume.on_save_checkpoint(self, checkpoint)
+
+
+def _on_load_checkpoint(self, stock, checkpoint):
+    return resume.on_load_checkpoint(self, checkpoint) if resume.KEY in checkpoint else stock(self, checkpoint)
+
+
 def _configure_callbacks(self):
     """Lightning asks before every fit, test and validation; what is there already keeps its state."""
     callbacks = list(super(NLPAdapterModelMixin, self).configure_callbacks())
@@ -70,7 +84,7 @@ class Conducting(Callback):
 
     def on_train_start(self, trainer, model):
         for scheme, adapted in model.adaptations.items():
-            self.conductors[scheme] = Conductor(_optimizer(trainer), adapted.bank.variant, scheme, adapted.ranks)
+            self.conductors[scheme] = Conductor(resume.inner(trainer), adapted.bank.variant, scheme, adapted.ranks)
             if scheme in self._loaded:
                 self.conductors[scheme].load_state_dict(self._loaded[scheme])
 
@@ -78,7 +92,7 @@ class Conducting(Callback):
         """After NeMo has averaged gradients over data-parallel ranks, before it clips them."""
         for scheme, adapted in model.adaptations.items():
             variant = adapted.bank.variant
-            groups = [group for group in _optimizer(trainer).param_groups if group.get("adapter") == scheme]
+            groups = [group for group in resume.inner(trainer).param_groups if group.get("adapter") == scheme]
             adapted.synchroniser(groups, variant.active_keys() if isinstance(variant, Dynamic) else None)
 
     def on_train_end(self, trainer, model):
@@ -90,9 +104,3 @@ class Conducting(Callback):
 
     def load_state_dict(self, state):
         self._loaded = state
-
-
-def _optimizer(trainer):
-    """The optimizer itself: NeMo wraps it to keep float32 copies."""
-    optimizer = trainer.optimizers[0]
-    return getattr(optimizer, "optimizer", optimizer)

@@ -30,41 +30,34 @@ def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     optimizer = inner(model.trainer)
     checkpoint[KEY] = {}
     for scheme in model.adaptations:
-        tensors, states, settings = {}, {}, {}
+        mine = {}
         for key, group, tensor in _trained(optimizer, scheme):
-            tensors[key] = tensor
-            settings[key] = {name: value for name, value in group.items() if name not in ("params", "keys")}
-            for name, value in optimizer.state.get(tensor, {}).items():
-                states.setdefault(name, {})[key] = value
-        names = sorted({name for one in whole_objects(sorted(states)) for name in one})
-        checkpoint[KEY][scheme] = {
-            "tensors": whole(model, scheme, tensors),
-            "state": {name: whole(model, scheme, states.get(name, {})) for name in names},
-            "settings": {key: value for one in whole_objects(settings) for key, value in one.items()},
-        }
+            settings = {name: value for name, value in group.items() if name not in ("params", "keys")}
+            mine[key] = {"tensor": tensor, "settings": settings, **optimizer.state.get(tensor, {})}
+        checkpoint[KEY][scheme] = whole(model, scheme, mine)
     checkpoint["state_dict"], checkpoint["optimizer_states"] = {}, []
 
 
 @torch.no_grad()
 def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     """Take this rank's part of every whole tensor and optimizer state."""
-    optimizer = inner(model.trainer) if model.trainer.optimizers else None
+    optimizer = inner(model.trainer)
     for scheme, saved in checkpoint[KEY].items():
-        for key, tensor in model.adaptations[scheme].bank.named_tensors().items():
-            if key in saved["tensors"]:
-                tensor.copy_(part(model, scheme, key, saved["tensors"][key]))
-        for key, group, tensor in _trained(optimizer, scheme) if optimizer else ():
-            tensor.copy_(part(model, scheme, key, saved["tensors"][key]))  # the float32 copy, where there is one
-            group.update(saved["settings"][key])
-            state = {}
-            for name, values in saved["state"].items():
-                if key in values:
-                    value = values[key]
-                    if isinstance(value, Tensor) and value.dim():
-                        value = part(model, scheme, key, value).to(tensor.device)
-                    state[name] = value.clone() if isinstance(value, Tensor) else value
+        for key, (_, tensor) in model.adaptations[scheme].bank.trained().items():
+            tensor.copy_(part(model, scheme, key, saved[key]["tensor"]))
+        for key, group, tensor in _trained(optimizer, scheme):
+            state = {name: part(model, scheme, key, value) for name, value in saved[key].items()}
+            tensor.copy_(state.pop("tensor"))  # the float32 copy, where there is one
+            group.update(state.pop("settings"))
             if state:
-                optimizer.state[tensor] = state
+                optimizer.state[tensor] = {name: _like(tensor, value) for name, value in state.items()}
+
+
+def _like(tensor: Tensor, value: Any) -> Any:
+    """A tensor's optimizer state as its optimizer would have it: counters of steps stay on the CPU."""
+    if isinstance(value, Tensor):
+        return value.clone().to(tensor.device) if value.dim() else value.clone()
+    return value
 
 
 def _trained(optimizer: torch.optim.Optimizer, scheme: str):

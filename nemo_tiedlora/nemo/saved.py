@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -19,6 +20,7 @@ from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import TARGETS, blocks
 from nemo_tiedlora.parallel.cut import cut, join, tensor_ranks
+from nemo_tiedlora.variants import Site, TensorSpec
 
 
 def gather(model: NLPAdapterModelMixin, scheme: str | None = None, frozen: bool = False) -> Adapter:
@@ -30,22 +32,71 @@ def gather(model: NLPAdapterModelMixin, scheme: str | None = None, frozen: bool 
     """
     scheme = scheme or next(iter(model.adaptations))
     bank = model.adaptations[scheme].bank
-    config, variant = bank.variant.config, bank.variant
     wanted = bank.named_tensors() if frozen else bank.trained()
-    mine = {key: tensor.detach().cpu() for key, tensor in bank.named_tensors().items() if key in wanted}
-    by_tensor_rank = _all(mine, parallel_state.get_tensor_model_parallel_group())
-    specs = specs_of(variant, sites(config, model.cfg))
-    stage = {}
-    for key in mine:
-        spec, site = specs[key]
-        parts = [tensors[key] for tensors in by_tensor_rank]
-        stage[key] = join(parts, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg))
-    stages = _all((stage, bank.checksums), parallel_state.get_pipeline_model_parallel_group())
-    found = {key: tensor for tensors, _ in reversed(stages) for key, tensor in tensors.items()}
-    checksums = {key: checksum for _, known in stages for key, checksum in known.items()}
-    settings = settings_of(config, variant, {key: checksums[key] for key in specs if key in checksums})
-    tensors = {key: found[key] for key in specs if key in found}
+    found = whole(model, scheme, {key: {"": bank.named_tensors()[key]} for key in wanted})
+    stages = _all(bank.checksums, parallel_state.get_pipeline_model_parallel_group())
+    checksums = {key: checksum for known in stages for key, checksum in known.items()}
+    specs = _specs(model, scheme)
+    settings = settings_of(
+        bank.variant.config, bank.variant, {key: checksums[key] for key in specs if key in checksums}
+    )
+    tensors = {key: found[key][""] for key in specs if key in found}
     return Adapter(scheme, settings, Base.of(model.cfg), tensors)
+
+
+def whole(model: NLPAdapterModelMixin, scheme: str, values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What all ranks together have, on the CPU. All ranks must call it together, and each gets the same.
+
+    Args:
+        values: by the key of a tensor of this rank, and by any name: something of that tensor's shape, which is joined,
+            or anything else, of which one rank's is taken.
+    """
+    mine = {key: {name: _on_cpu(value) for name, value in named.items()} for key, named in values.items()}
+    by_tensor_rank = _all(mine, parallel_state.get_tensor_model_parallel_group())
+    specs = _specs(model, scheme)
+    stage: dict[str, dict[str, Any]] = {}
+    for key, named in mine.items():
+        spec, site = specs[key]
+        layout = TARGETS[site.target].parallel, blocks(site.target, model.cfg)
+        stage[key] = {
+            name: join([values[key][name] for values in by_tensor_rank], spec, *layout) if _is_joined(value) else value
+            for name, value in named.items()
+        }
+    stages = _all(stage, parallel_state.get_pipeline_model_parallel_group())
+    return {key: named for one in reversed(stages) for key, named in one.items()}
+
+
+def part(model: NLPAdapterModelMixin, scheme: str, key: str, value: Any) -> Any:
+    """What this rank holds of one of ``whole``'s values."""
+    if not _is_joined(value):
+        return value
+    spec, site = _specs(model, scheme)[key]
+    return cut(value, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), *tensor_ranks())
+
+
+def only_ours(model: NLPAdapterModelMixin) -> bool:
+    """Whether the model is a base with adapters of ours, and trains nothing else on this stage."""
+    adaptations = model.__dict__.get("adaptations", {})
+    if not adaptations or not model.setup_complete:
+        return False
+    ours = {id(tensor) for adapted in adaptations.values() for tensor in adapted.bank.named_tensors().values()}
+    chunks = model._unwrap_model_list()
+    named = [item for chunk in chunks for item in chunk.named_parameters(prefix="model")]
+    keys = model.adapter_keys | model.tunable_base_param_keys
+    return all(id(tensor) in ours for name, tensor in named if name in keys)
+
+
+def _specs(model: NLPAdapterModelMixin, scheme: str) -> dict[str, tuple[TensorSpec, Site]]:
+    variant = model.adaptations[scheme].bank.variant
+    return specs_of(variant, sites(variant.config, model.cfg))
+
+
+def _is_joined(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def load(model: NLPAdapterModelMixin, adapter: Adapter) -> None:
@@ -54,22 +105,19 @@ def load(model: NLPAdapterModelMixin, adapter: Adapter) -> None:
     Raises:
         UsageError: a tensor that does not fit; then nothing was changed.
     """
-    ranks, rank = tensor_ranks()
-    parts = []
+    mine = []
     for key, tensor in model.adaptations[adapter.scheme].bank.named_tensors().items():
         if key not in adapter.specs:
             raise UsageError("adapter", adapter.scheme, f"the model has a tensor {key}, which the adapter has not")
         if key in adapter.tensors:
-            spec, site = adapter.specs[key]
-            layout = TARGETS[site.target].parallel, blocks(site.target, model.cfg), ranks, rank
-            part = cut(adapter.tensors[key], spec, *layout)
-            if part.shape != tensor.shape:
-                shapes = f"{tuple(part.shape)} instead of {tuple(tensor.shape)}"
+            value = part(model, adapter.scheme, key, adapter.tensors[key])
+            if value.shape != tensor.shape:
+                shapes = f"{tuple(value.shape)} instead of {tuple(tensor.shape)}"
                 raise UsageError("adapter", adapter.scheme, f"the tensor {key} has shape {shapes} on this rank")
-            parts.append((tensor, part))
+            mine.append((tensor, value))
     with torch.no_grad():
-        for tensor, part in parts:
-            tensor.copy_(part)
+        for tensor, value in mine:
+            tensor.copy_(value)
 
 
 def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
@@ -93,8 +141,7 @@ def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
 def save_to(self, stock, model, save_path):
     """NeMo's saving of a model: of one that is a base with an adapter of ours and nothing else, the adapter, in the
     canonical form and in one file, whatever the layout."""
-    adaptations = model.__dict__.get("adaptations", {})
-    if len(adaptations) != 1 or not model.setup_complete or not _is_all(model):
+    if not only_ours(model) or len(model.adaptations) != 1:
         return stock(self, model, save_path)
     adapter = gather(model)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -102,16 +149,6 @@ def save_to(self, stock, model, save_path):
         write(replace(adapter, base=base, model_config=OmegaConf.to_yaml(model.cfg)), save_path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def _is_all(model: NLPAdapterModelMixin) -> bool:
-    """Whether all that the model trains, on this stage, is in its one bank."""
-    (adapted,) = model.adaptations.values()
-    ours = {id(tensor) for tensor in adapted.bank.named_tensors().values()}
-    chunks = model._unwrap_model_list()
-    named = [item for chunk in chunks for item in chunk.named_parameters(prefix="model")]
-    keys = model.adapter_keys | model.tunable_base_param_keys
-    return all(id(tensor) in ours for name, tensor in named if name in keys)
 
 
 @cache

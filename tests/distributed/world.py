@@ -19,7 +19,9 @@ def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: 
     """Train every case under one layout.
 
     Args:
-        cases: name → {"peft": section, "steps": number, "model": overrides}.
+        cases: name → {"peft": section, "steps": number, "model": overrides}; and, if wanted, "precision", "load" (an
+            adapter to start from), "checkpoint" (where and after how many steps to save one), "resume" (one to go on
+            from) and "save" (where to save the adapter).
         layout: overrides of the model section.
 
     Returns:
@@ -67,6 +69,8 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
     """One case on this rank."""
     import lightning.pytorch as pl
 
+    from nemo_tiedlora.nemo.interrupt import Interruptible
+
     config = toy.finetuning_config(
         Path(files["base"]), Path(files["train"]), Path(files["validation"]), case["peft"],
         **(layout | case.get("model", {})),
@@ -88,6 +92,8 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
                 counting.__exit__()
                 record["collectives"] = counting.seen
             record["losses"].append(float(trainer.callback_metrics["reduced_train_loss"]))
+            if trainer.global_step == case.get("checkpoint", (None, 0))[1]:
+                trainer.save_checkpoint(case["checkpoint"][0])
             record["grad_norms"].append(float(trainer.callback_metrics.get("grad_norm", 0)))
 
     precision = case.get("precision", 32)
@@ -98,8 +104,14 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
         precision=precision,
     )  # fmt: skip
     trainer.callbacks.append(Watch())
-    model = toy.finetuning_model(config, trainer)
-    trainer.fit(model)
+    if "checkpoint" in case or "resume" in case:
+        trainer.callbacks.append(Interruptible())
+    model = toy.finetuning_model(config, trainer, load=case.get("load"))
+    if steps:
+        trainer.fit(model, ckpt_path=case.get("resume"))
+    if "save" in case:
+        model.setup_complete = True  # from here on NeMo saves the adapter, not the model
+        model.save_to(case["save"])
     for adapted in model.__dict__.get("adaptations", {}).values():
         record["tensors"] = {
             key: tensor.detach().float().clone() for key, tensor in adapted.bank.named_tensors().items()
