@@ -108,7 +108,8 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
         trainer.callbacks.append(Interruptible())
     model = toy.finetuning_model(config, trainer, load=case.get("load"))
     if steps:
-        trainer.fit(model, ckpt_path=case.get("resume"))
+        trainer.ckpt_path = case.get("resume")  # as NeMo's experiment manager does it
+        trainer.fit(model)
     if "save" in case:
         model.setup_complete = True  # from here on NeMo saves the adapter, not the model
         model.save_to(case["save"])
