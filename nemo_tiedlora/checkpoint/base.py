@@ -26,6 +26,7 @@ from yaml import YAMLError
 
 from nemo_tiedlora.checkpoint.archive import Archive, entry, opened
 from nemo_tiedlora.console import progress
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
 
 MODEL_CONFIG = "model_config.yaml"
@@ -35,6 +36,9 @@ SINGLE = "model_weights.ckpt"
 WEIGHT = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(?:(\d+)\.)?(\w+\.linear_\w+)\.weight")
 #: A config or the list of a checkpoint's pieces cannot be larger.
 MOST_CONFIG, MOST_METADATA = 16 * 2**20, 2**30
+
+#: What reading a list of pieces ends in that was made up.
+WRONG = (KeyError, AttributeError, StopIteration, ValueError, TypeError, IndexError)
 
 #: Takes a weight's path, its 0-based layer and the weight (out, in) to what is to be written in its place.
 Change = Callable[[str, int, Tensor], Tensor]
@@ -153,12 +157,23 @@ class _Distributed(BaseFile):
         info = self.storage[index]
         if getattr(info, "transform_descriptors", None):
             raise self.archive.error(f"{index.fqn} is stored compressed, which this program does not read")
-        file = self.archive.open(f"model_weights/{info.relative_path}")
+        name = f"model_weights/{info.relative_path}"
+        if name not in self.archive.members:
+            raise self.archive.error(f"there is no {name} in it")
+        file = self.archive.open(name)
         file.seek(info.offset)
-        return file.read(info.length)
+        content = file.read(info.length)
+        if len(content) != info.length:
+            raise self.archive.error(f"cut off: {name} in it ends before {index.fqn}")
+        return content
 
     def _load(self, index: Any) -> Tensor:
-        return torch.load(io.BytesIO(self._bytes(index)), map_location="cpu", weights_only=True)
+        try:
+            return torch.load(io.BytesIO(self._bytes(index)), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise self.archive.error(f"{index.fqn} in it is damaged ({type(error).__name__})") from None
 
     def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
         latest: tuple[tuple[str, int], Tensor | None] = (("", 0), None)
@@ -181,9 +196,10 @@ class _Distributed(BaseFile):
                 for index in inside:
                     next(bar)
                     weights = [weight for weight in self.weights_in.get(index, ()) if weight[0] in paths]
-                    content = self._bytes(index)
-                    if weights:
-                        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                    if not weights:
+                        content = self._bytes(index)
+                    else:
+                        tensor = self._load(index)
                         for path, layer, piece in weights:
                             place = tensor if piece.plane is None else tensor[piece.plane]
                             place.copy_(changed(path, layer)[piece.rows, piece.columns])
@@ -257,7 +273,9 @@ def open_base(path: Path, field: str = "base", scratch: Path | None = None) -> I
                 base = _Single(archive, Path(folder) / SINGLE)
             else:
                 raise archive.error("there is neither a torch_dist checkpoint nor a model_weights.ckpt in it")
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, StopIteration) as error:
+        except UsageError:
+            raise
+        except (pickle.UnpicklingError, RuntimeError, EOFError, *WRONG) as error:
             raise archive.error(f"its weights are damaged ({type(error).__name__}: {error})") from None
         yield base
 
