@@ -51,6 +51,9 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
             group.update(state.pop("settings"))
             if state:
                 optimizer.state[tensor] = {name: _like(tensor, value) for name, value in state.items()}
+    for scheduler in checkpoint["lr_schedulers"]:
+        for name in ("base_lrs", "_last_lr"):  # of every group, and all alike; there may be another number here
+            scheduler[name] = scheduler[name][:1] * len(optimizer.param_groups)
 
 
 def _like(tensor: Tensor, value: Any) -> Any:

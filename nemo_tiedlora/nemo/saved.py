@@ -146,9 +146,23 @@ def save_to(self, stock, model, save_path):
     adapter = gather(model)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         base = Base.of(model.cfg, _base_checksums(model.cfg.get("restore_from_path"), tuple(adapter.paths)))
-        write(replace(adapter, base=base, model_config=OmegaConf.to_yaml(model.cfg)), save_path)
+        write(replace(adapter, base=base, model_config=_config(model, adapter)), save_path)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def _config(model: NLPAdapterModelMixin, adapter: Adapter) -> str:
+    """The model's config as YAML, without what the adapter does not depend on: layout, data and optimizer of the run,
+    and where the base's tokenizer was unpacked."""
+    config = OmegaConf.create(OmegaConf.to_container(model.cfg))
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        config[name] = 1
+    config.update(virtual_pipeline_model_parallel_size=None, sequence_parallel=False, data={}, peft={})
+    config.pop("optim", None)
+    for name, value in config.tokenizer.items():
+        if isinstance(value, str):
+            config.tokenizer[name] = Path(value).name
+    return OmegaConf.to_yaml(adapter.put_into(config), sort_keys=True)
 
 
 @cache

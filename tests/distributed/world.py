@@ -36,7 +36,8 @@ def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: 
     done = subprocess.run(
         [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, done.stderr[-8000:]
+    said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]  # the launcher says much besides
+    assert done.returncode == 0, "\n".join(said)[-6000:] or done.stderr[-6000:]
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     return {name: [records[name] for records in ranks] for name in cases}
 
@@ -103,6 +104,7 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
         config.model, devices=world, max_steps=steps, val_check_interval=steps, num_sanity_val_steps=0,
         precision=precision,
     )  # fmt: skip
+    trainer.check_val_every_n_epoch = None  # validate by steps of the whole run, not of an epoch
     trainer.callbacks.append(Watch())
     if "checkpoint" in case or "resume" in case:
         trainer.callbacks.append(Interruptible())
