@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -46,7 +47,20 @@ def check(cfg: DictConfig, base: DictConfig) -> None:
         check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
+    check_layout(cfg.model)
     check_sections(cfg.model.data)
+
+
+def check_layout(model: DictConfig) -> None:
+    """Refuse layouts that NeMo or this machine's layers cannot run."""
+    interleaved = model.get("virtual_pipeline_model_parallel_size")
+    if interleaved not in (None, 1):
+        field = "model.virtual_pipeline_model_parallel_size"
+        raise UsageError(field, interleaved, "NeMo no longer supports it for these models; set it to null")
+    context = model.get("context_parallel_size") or 1
+    if context > 1 and not find_spec("transformer_engine"):
+        way_out = "needs the attention of Transformer Engine, which is not installed; set it to 1"
+        raise UsageError("model.context_parallel_size", context, way_out)
 
 
 def check_sections(data: DictConfig) -> None:

@@ -11,6 +11,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
 from nemo_tiedlora import register
+from nemo_tiedlora.nemo.resume import keep_one_last
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, Path | None]:
@@ -20,6 +21,9 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
         cfg.trainer.enable_progress_bar = False
         cfg.trainer.enable_model_summary = False
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks)
+    if cfg.get("exp_manager") and cfg.exp_manager.resume_if_exists:
+        manager = cfg.exp_manager
+        keep_one_last(Path(manager.explicit_log_dir or Path(manager.exp_dir) / manager.name))
     folder = exp_manager(trainer, cfg.exp_manager) if cfg.get("exp_manager") else None
     # Validate by steps of the whole run, not of an epoch, so that a resumed run keeps the rhythm. exp_manager compares
     # the epoch setting with a number, so it cannot be null from the start.

@@ -5,10 +5,12 @@ the layout it began with. For a model that trains nothing but adapters of ours t
 file, which rank 0 writes and every rank of any layout reads its part of.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from torch import Tensor
 
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
@@ -69,6 +71,24 @@ def _trained(optimizer: torch.optim.Optimizer, scheme: str):
         if group.get("adapter") == scheme:
             for key, tensor in zip(group["keys"], group["params"], strict=True):
                 yield key, group, tensor
+
+
+def keep_one_last(folder: Path) -> None:
+    """Leave the newest complete ``*-last.ckpt`` below ``folder`` only.
+
+    A kill in the middle of saving can leave two, or none but an incomplete one; NeMo would refuse to go on from either.
+    Every rank may do this before it looks for what to resume: none saves before all have looked.
+    """
+    found = sorted(folder.rglob("*-last.ckpt"), key=_step)
+    complete = [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+    for path in found:
+        if path not in complete[-1:]:
+            path.unlink(missing_ok=True)
+            NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path).unlink(missing_ok=True)
+
+
+def _step(path: Path) -> int:
+    return int((re.search(r"step=(\d+)", path.name) or [0, 0])[1])
 
 
 def save_checkpoint(self, stock, checkpoint, filepath, storage_options=None):

@@ -5,8 +5,6 @@ import torch
 import world
 from test_layouts import CASES, LAYOUTS, files  # noqa: F401, the fixture
 
-from nemo_tiedlora.checkpoint import read
-
 SAVED = ["LoRA", "TL6", "VeRA", "ShareLoRA", "CondLoRA", "DynaLoRA", "DoRA and LoRA+"]
 RESUMED = ["TL6", "CondLoRA", "DynaLoRA"]
 HALF, WHOLE = 10, 20
@@ -25,7 +23,7 @@ def checkpoint(folder, name):
     return str(folder / f"{name.replace(' ', '')}-step={HALF}-consumed_samples={4 * HALF}.0.ckpt"), HALF
 
 
-@pytest.mark.parametrize("layout", ["TP2", "PP2", pytest.param("TP2 PP2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["TP2", "PP2"])
 def test_an_adapter_is_the_same_file_under_every_layout(alone, files, tmp_path, layout):  # noqa: F811
     folder, _ = alone
     processes, overrides = LAYOUTS[layout]
@@ -35,24 +33,7 @@ def test_an_adapter_is_the_same_file_under_every_layout(alone, files, tmp_path, 
     }
     world.run(tmp_path / "run", cases, files, processes, overrides)
     for name in SAVED:
-        ours, theirs = read(tmp_path / f"{name}.nemo"), read(folder / f"{name}.nemo")
-        assert ours.tensors.keys() == theirs.tensors.keys()
-        for key, tensor in theirs.tensors.items():
-            assert torch.equal(ours.tensors[key], tensor), key
-        assert packed(tmp_path / f"{name}.nemo") == packed(folder / f"{name}.nemo")
-
-
-def packed(path):
-    """The canonical members of a .nemo; NeMo's own config in it names the layout."""
-    import tarfile
-
-    with tarfile.open(path) as archive:
-        return [
-            archive.extractfile(member).read()
-            for name in ("adapter_config.json", "adapter_model.safetensors")
-            for member in archive
-            if member.name.endswith(name)
-        ]
+        assert (tmp_path / f"{name}.nemo").read_bytes() == (folder / f"{name}.nemo").read_bytes()
 
 
 def test_a_run_goes_on_under_another_layout(alone, files, tmp_path):  # noqa: F811

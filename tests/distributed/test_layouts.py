@@ -42,9 +42,12 @@ LAYOUTS = {
     "DP2": (2, {}),
     "TP2 SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "TP2 PP2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "TP2 DP2 SP": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
 }
-NOT_WITH = {("TP2 SP", "backward importance"), ("TP2 DP2 SP", "backward importance")}  # refused
+#: Cases left out: sequence parallelism refuses one, and four processes on two cores take their time.
+LEFT_OUT = {
+    "TP2 SP": ["backward importance"],
+    "TP2 PP2": ["DoRA and LoRA+", "backward importance", "recomputed", "dropout"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def alone(files, tmp_path_factory):
 def layout(request, files, tmp_path_factory):
     """Its name, and every case's records under it."""
     processes, overrides = LAYOUTS[request.param]
-    cases = {name: value for name, value in CASES.items() if (request.param, name) not in NOT_WITH}
+    cases = {name: value for name, value in CASES.items() if name not in LEFT_OUT.get(request.param, [])}
     return request.param, world.run(tmp_path_factory.mktemp("layout") / "run", cases, files, processes, overrides)
 
 
@@ -93,8 +96,8 @@ def mine(whole, key, rank, ranks):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "dropout"])
 def test_every_layout_trains_the_same_model(layout, alone, name):
     layout_name, records = layout
-    if (layout_name, name) in NOT_WITH:
-        pytest.skip("refused with this layout")
+    if name not in records:
+        pytest.skip("left out under this layout")
     reference, ranks = alone[name], records[name]
     tensor_ranks = LAYOUTS[layout_name][1].get("tensor_model_parallel_size", 1)
     assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=1e-4)
@@ -117,8 +120,8 @@ def test_every_layout_trains_the_same_model(layout, alone, name):
 @pytest.mark.parametrize("name", CASES)
 def test_what_several_ranks_hold_is_equal_to_the_bit(layout, name):
     layout_name, records = layout
-    if (layout_name, name) in NOT_WITH:
-        pytest.skip("refused with this layout")
+    if name not in records:
+        pytest.skip("left out under this layout")
     tensor_ranks = LAYOUTS[layout_name][1].get("tensor_model_parallel_size", 1)
     compared = 0
     for (one, first), (other, second) in itertools.combinations(enumerate(records[name]), 2):

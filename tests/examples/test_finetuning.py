@@ -1,6 +1,7 @@
 """The fine-tuning script as a user runs it: processes, signals, files."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -96,6 +97,36 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum, schem
     assert ours["global_step"] == reference["global_step"] == 60
     assert_same(ours["adapters"], reference["adapters"])
     assert summary(out, tmp_path / "cut")["steps"] == 60
+
+
+def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path):
+    """kill -9: while it starts, trains, validates or saves; what is left always continues to the same end."""
+
+    # A checkpoint every few steps, so that some kills hit one; and one folder, so that all runs are one.
+    often = ("trainer.val_check_interval=5", "exp_manager.exp_dir=runs", "exp_manager.name=run")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    code, _, err = finish(start(tmp_path / "whole", *SHORT, *TIED, *often))
+    assert code == 0, err[-2000:]
+    moments = random.Random(0)
+    for _ in range(5):
+        known = checkpoints(tmp_path / "cut")
+        cut = start(tmp_path / "cut", *SHORT, *TIED, *often)
+        deadline = time.monotonic() + 120
+        while checkpoints(tmp_path / "cut") == known and cut.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.4))
+        assert cut.poll() is None, "the run was over before it could be killed"
+        cut.kill()
+        cut.communicate()
+    code, out, err = finish(start(tmp_path / "cut", *SHORT, *TIED, *often))
+    assert code == 0, err[-2000:]
+    assert_same(last_checkpoint(tmp_path / "cut")["adapters"], last_checkpoint(tmp_path / "whole")["adapters"])
+
+
+def checkpoints(folder):
+    """Names of all that are in it, complete or not."""
+    return {path.name for path in folder.rglob("*.ckpt*")}
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):

@@ -69,7 +69,7 @@ def test_a_sound_job_passes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "scheme", ["lora", "none", "adapter", "ia3", "ptuning", "vera", "tied_lora", "share_lora", "cond_lora"]
+    "scheme", ["lora", "none", "adapter", "ia3", "ptuning", "vera", "tied_lora", "share_lora", "cond_lora", "dyna_lora"]
 )
 def test_every_scheme_passes(tmp_path, scheme):
     inputs.check(job(tmp_path, f"model.peft.peft_scheme={scheme}"), OmegaConf.create(BASE))
@@ -80,6 +80,8 @@ def test_every_scheme_passes(tmp_path, scheme):
     [
         ("model.peft.peft_scheme=tied_lra", "did you mean 'tied_lora'"),
         ("model.peft.tied_lora_tuning.preset=TL66", "model.peft.tied_lora_tuning.preset='TL66': did you mean 'TL6'"),
+        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo no longer supports it"),
+        ("+model.context_parallel_size=2", "needs the attention of Transformer Engine"),
         ("model.peft.tied_lora_tuning.train=[A,w]", "model.peft.tied_lora_tuning.train='w': Valid: A, B, u, v"),
         ("model.peft.tied_lora_tuning.rank=0", "rank=0: must be a whole number > 0"),
         ("model.peft.tied_lora_tuning.rank=33", "rank=33: larger than the layer"),

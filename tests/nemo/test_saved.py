@@ -216,3 +216,16 @@ def test_nemos_own_lora_is_converted(finetuning, files, tmp_path, layers):
         fresh.setup_complete = True
         fresh.save_to(str(tmp_path / "tied.nemo"))
         convert(tmp_path / "tied.nemo")
+
+
+def test_the_newest_complete_last_checkpoint_is_kept(host, tmp_path):
+    """What a kill in the middle of saving can leave behind: two complete ones, or an incomplete one."""
+    from nemo_tiedlora.nemo.resume import keep_one_last
+
+    names = [f"run-step={step}-last.ckpt" for step in (5, 10, 100)]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / "run-step=100-last-unfinished").touch()  # NeMo's marker
+    (tmp_path / "run-step=100.ckpt").touch()
+    keep_one_last(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run-step=10-last.ckpt", "run-step=100.ckpt"}
