@@ -21,10 +21,11 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
         cfg.trainer.enable_progress_bar = False
         cfg.trainer.enable_model_summary = False
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks)
-    if cfg.get("exp_manager") and cfg.exp_manager.resume_if_exists:
-        manager = cfg.exp_manager
+    manager = cfg.get("exp_manager")
+    named = bool(manager and manager.get("name"))  # without a name nothing is logged or kept
+    if named and manager.resume_if_exists:
         keep_one_last(Path(manager.explicit_log_dir or Path(manager.exp_dir) / manager.name))
-    folder = exp_manager(trainer, cfg.exp_manager) if cfg.get("exp_manager") else None
+    folder = exp_manager(trainer, cfg.exp_manager) if named else None
     # Validate by steps of the whole run, not of an epoch, so that a resumed run keeps the rhythm. exp_manager compares
     # the epoch setting with a number, so it cannot be null from the start.
     trainer.check_val_every_n_epoch = None
