@@ -252,7 +252,7 @@ def _data(files: list[str], batch_size: int, micro_batch_size: int, train: bool,
         "max_seq_length": max_length, "min_seq_length": 1, "drop_last": bool(train), "label_key": "output",
         "add_eos": True, "add_sep": False, "add_bos": False, "truncation_field": "input", "truncation_method": "left",
         "index_mapping_dir": str(Path(files[0]).parent / "index") if files else None,
-        "prompt_template": "{input}{output}", "global_sample_mapping": False, "seed": seed,
+        "prompt_template": "{input} {output}", "global_sample_mapping": False, "seed": seed,
     }  # fmt: skip
     if train:
         return section | {"concat_sampling_probabilities": [1.0]}

@@ -49,6 +49,13 @@ def test_every_command_runs_and_the_demo_learns(checkout):
             assert done.stdout.startswith("The capital of Italy?")
 
 
+def test_the_table_of_layouts_is_made_from_its_file():
+    from measure import table
+
+    measured = json.loads((ROOT / "docs" / "parallelism.json").read_text())
+    assert table(measured) in (ROOT / "docs" / "parallelism.md").read_text()
+
+
 def test_the_table_of_presets_is_the_counted_one():
     sites = [Site("attention_qkv", layer, 4096, 12288) for layer in range(32)]
     lora = count(build(TiedConfig(preset="LoRA"), 32), sites).trainable

@@ -1,0 +1,1 @@
+"""Training and evaluating: one cell, or a matrix of them."""

@@ -1,0 +1,261 @@
+"""Trains and evaluates cells on one loaded base."""
+
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmark_suite.runner.cell import Cell, read
+from benchmark_suite.runner.memory import PeakMemory
+from benchmark_suite.task import Prediction, Task
+from nemo_tiedlora.files import replacing, write_text
+
+#: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.
+ATTEMPTS = 2
+#: Padded tokens of a micro-batch, at most.
+TOKENS = 8192
+
+Progress = Callable[[int, int], None]
+
+
+class Runner:
+    """Everything a cell needs, loaded once.
+
+    Args:
+        base: a base model, ``.nemo``.
+        results: folder with one folder per cell.
+        tasks: the tasks in use, by id, with their data.
+    """
+
+    def __init__(self, base: Path, results: Path, tasks: dict[str, Task]):
+        self.base, self.results, self.tasks = base, results, tasks
+        self._bench = None
+        self._context = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self._context is not None:
+            self._context.__exit__(*exception)
+
+    @property
+    def bench(self):
+        """The base in memory; loaded when the first cell needs it."""
+        if self._bench is None:
+            from nemo_tiedlora.nemo.workbench import workbench
+
+            self._context = workbench(self.base)
+            self._bench = self._context.__enter__()
+        return self._bench
+
+    def state(self, cell: Cell) -> str:
+        """``new``, ``trained``, ``done`` or ``failed``."""
+        result = read(cell.folder(self.results) / "result.json")
+        if result:
+            return result["status"]
+        started = read(cell.folder(self.results) / "started.json") or {"attempts": 0}
+        return "failed" if started["attempts"] >= ATTEMPTS else "new"
+
+    def train(self, cell: Cell, progress: Progress | None = None) -> dict[str, Any]:
+        """Train a cell and evaluate it on the validation split."""
+        with self._recorded(cell) as result, PeakMemory() as memory:
+            folder, started = cell.folder(self.results), time.perf_counter()
+            with self.bench.trained(self._job(cell), progress=progress) as trained:
+                predictions = self._predictions(trained, cell, "validation")
+                result["validation"] = self._scores(cell, predictions, "validation")
+                trained.save(folder / "adapter.nemo")
+                _save_weights(folder / "weights.safetensors", trained.trainable)
+                facts = trained.facts
+                result |= {
+                    "status": "trained",
+                    "trainable": sum(tensor.numel() for tensor in trained.trainable.values()),
+                    "adapter_bytes": (folder / "adapter.nemo").stat().st_size,
+                    "tokens_per_second": round(facts.tokens / max(facts.seconds, 1e-9)),
+                    "steps": facts.steps,
+                    "best_step": facts.best_step,
+                    "validation_losses": facts.losses,
+                }
+            result["seconds"] = round(time.perf_counter() - started, 2)
+        if result["status"] != "failed":
+            result |= self._sizes(cell, result["trainable"])
+            result["peak_memory_bytes"] = memory.bytes
+            self._write(cell, result)
+        return result
+
+    def test(self, cell: Cell) -> dict[str, Any]:
+        """Evaluate a trained cell, chosen by validation, on the test split; once."""
+        from safetensors.torch import load_file
+
+        folder = cell.folder(self.results)
+        with self._recorded(cell) as result:
+            weights = load_file(folder / "weights.safetensors")
+            with self.bench.trained(self._job(cell), weights) as trained:
+                predictions = self._predictions(trained, cell, "test")
+            result["metrics"] = self._scores(cell, predictions, "test")
+            self._write_predictions(cell, predictions)
+            result |= {"status": "done", "selected": True}
+        self._write(cell, result)
+        if result["status"] == "done":
+            (folder / "weights.safetensors").unlink()
+        return result
+
+    def lost(self, cell: Cell) -> dict[str, Any]:
+        """Record that another learning rate was better on the validation split."""
+        result = read(cell.folder(self.results) / "result.json") | {"status": "done", "selected": False}
+        self._write(cell, result)
+        (cell.folder(self.results) / "weights.safetensors").unlink(missing_ok=True)
+        return result
+
+    def result(self, cell: Cell) -> dict[str, Any]:
+        """What is known of a cell."""
+        result = read(cell.folder(self.results) / "result.json")
+        if result is None:  # killed every time
+            error = f"ended without a result {ATTEMPTS} times (killed, or out of memory)"
+            result = self._record(cell) | {"status": "failed", "error": error}
+            self._write(cell, result)
+        return result
+
+    def forget(self, cell: Cell) -> None:
+        """Remove a cell's results, to run it again."""
+        shutil.rmtree(cell.folder(self.results), ignore_errors=True)
+
+    @contextmanager
+    def _recorded(self, cell: Cell) -> Iterator[dict[str, Any]]:
+        """The cell's record, to be filled in; an error becomes part of it and ends nothing else."""
+        folder = cell.folder(self.results)
+        result = read(folder / "result.json") or self._record(cell)
+        started = read(folder / "started.json") or {"attempts": 0}
+        write_text(folder / "started.json", json.dumps({"attempts": started["attempts"] + 1}))
+        try:
+            yield result
+        except Exception as error:
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            result |= {"status": "failed", "error": message}
+            write_text(folder / "log.txt", traceback.format_exc())
+            self._write(cell, result)
+        else:
+            (folder / "started.json").unlink()
+
+    def _record(self, cell: Cell) -> dict[str, Any]:
+        return {
+            "cell": cell.hash,
+            "task": cell.task.id,
+            "variant": cell.variant.name,
+            "scheme": cell.variant.scheme,
+            "rank": cell.rank,
+            "seed": cell.seed,
+            "lr": cell.lr,
+            "status": "new",
+            "error": None,
+            "primary": cell.task.primary,
+            "settings": cell.variant.settings_at(cell.rank),
+            "recipe": cell.task.to_dict()["recipe"],
+            "limit": cell.limit,
+            "base": str(self.base),
+            "base_sha256": cell.base_sha256,
+            "data_sha256": cell.data_sha256,
+            "versions": _versions(),
+        }
+
+    def _job(self, cell: Cell):
+        from nemo_tiedlora.nemo.workbench import Job
+
+        recipe, settings = cell.task.recipe, cell.variant.settings_at(cell.rank)
+        if cell.variant.scheme.endswith("_lora") or cell.variant.scheme == "vera":
+            settings = {"seed": cell.seed} | settings
+        files = self._files(cell)
+        return Job(
+            scheme=cell.variant.scheme,
+            peft={cell.variant.section: settings} if cell.variant.section else {},
+            **files,
+            steps=recipe.steps,
+            lr=cell.lr,
+            batch_size=recipe.batch_size,
+            micro_batch_size=_micro_batch(recipe.batch_size, recipe.max_seq_length),
+            max_length=recipe.max_seq_length,
+            validate_every=recipe.val_interval,
+            warmup=min(recipe.warmup_steps, recipe.steps - 1),
+            patience=recipe.patience,
+            seed=cell.seed,
+        )
+
+    def _files(self, cell: Cell) -> dict[str, Path]:
+        """Training and validation rows as files, one pair for all cells of the same data."""
+        folder = self.results / ".data" / f"{cell.task.id}-{cell.data_sha256[:12]}"
+        files = {split: folder / f"{split}.jsonl" for split in ("train", "validation")}
+        for split, path in files.items():
+            if not path.exists():
+                rows = [
+                    {"input": each.prompt, "output": each.target} for each in self.tasks[cell.task.id].examples(split)
+                ]
+                write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return files
+
+    def _predictions(self, trained, cell: Cell, split: str) -> list[Prediction]:
+        examples, prediction = self.tasks[cell.task.id].examples(split), cell.task.prediction
+        if prediction.kind == "generate":
+            texts = trained.generate([each.prompt for each in examples], prediction.max_tokens)
+            return [_stopped(text, prediction.stop) for text in texts]
+        found = iter(trained.log_likelihoods([query for each in examples for query in each.queries]))
+        return [[next(found)[0] for _ in each.queries] for each in examples]
+
+    def _scores(self, cell: Cell, predictions: list[Prediction], split: str) -> dict[str, dict[str, Any]]:
+        scores = self.tasks[cell.task.id].score(predictions, split)
+        return {
+            name: {"value": score.value, "count": score.count, "higher_is_better": True, "signature": score.signature}
+            for name, score in scores.items()
+        }
+
+    def _write_predictions(self, cell: Cell, predictions: list[Prediction]) -> None:
+        task = self.tasks[cell.task.id]
+        examples, scores = task.examples("test"), task.score(predictions, "test")
+        lines = []
+        for number, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
+            single = {name: score.per_example[number] for name, score in scores.items() if score.per_example}
+            row = {"id": example.id, "prediction": prediction, "target": example.target, "scores": single}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_text(cell.folder(self.results) / "predictions.jsonl", "".join(lines))
+
+    def _sizes(self, cell: Cell, trainable: int) -> dict[str, Any]:
+        """Share of the parameters of LoRA on the same layers at the same rank; of QKV at rank 8 if there is none."""
+        from nemo_tiedlora.nemo.sizes import lora_size, sizes
+        from nemo_tiedlora.variants import TiedConfig, config_for
+
+        model = self.bench.model.cfg
+        if cell.variant.scheme in ("lora", "adapter", "ia3", "ptuning", "selective", "none"):
+            percent = 100 * trainable / lora_size(TiedConfig(preset="LoRA", rank=cell.rank or 8), model)
+            return {"stored": trainable, "percent_of_lora": round(percent, 2)}
+        found = sizes(config_for(cell.variant.scheme, cell.variant.settings_at(cell.rank)), model)
+        return {"stored": found.stored, "percent_of_lora": found.percent_of_lora}
+
+    def _write(self, cell: Cell, result: dict[str, Any]) -> None:
+        write_text(cell.folder(self.results) / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _stopped(text: str, stops: list[str]) -> str:
+    """The text before the first stop string, without the space it begins with."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))].removeprefix(" ")
+
+
+def _micro_batch(batch_size: int, length: int) -> int:
+    fitting = [size for size in range(1, batch_size + 1) if batch_size % size == 0 and size * length <= TOKENS]
+    return max(fitting, default=1)
+
+
+def _save_weights(path: Path, tensors: dict) -> None:
+    from safetensors.torch import save_file
+
+    with replacing(path) as unfinished:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("nemo_tiedlora", "nemo_toolkit", "megatron-core", "torch")}

@@ -1,0 +1,138 @@
+"""A matrix of cells: trained, the best learning rate of each chosen by validation, and that one tested."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmark_suite import registry
+from benchmark_suite.runner.cell import Cell, read, sha256_of_examples, sha256_of_file
+from benchmark_suite.runner.runner import Runner
+from benchmark_suite.task import Task
+from benchmark_suite.variant_spec import VariantSpec
+from nemo_tiedlora.errors import UsageError
+
+
+def matrix(
+    tasks: dict[str, Task],
+    variants: Sequence[VariantSpec],
+    base: Path,
+    ranks: Sequence[int] | None,
+    seeds: Sequence[int],
+    rates: Sequence[float] | None,
+    limit: int | None,
+) -> list[Cell]:
+    """Every cell, tasks first.
+
+    Args:
+        ranks: None takes each variant's first. rates: None takes the task's candidates for the variant.
+    """
+    base_sha256 = sha256_of_file(base)
+    cells = []
+    for task in tasks.values():
+        data_sha256 = sha256_of_examples(task)
+        for variant in variants:
+            recipe = task.spec.recipe
+            candidates = rates or recipe.variant_lr.get(variant.name) or variant.lr or recipe.lr
+            own_ranks = (ranks or variant.ranks[:1]) if variant.rank_setting else [None]
+            for rank in own_ranks:
+                for seed in seeds:
+                    cells += [
+                        Cell(task.spec, variant, rank, seed, rate, base_sha256, data_sha256, limit)
+                        for rate in candidates
+                    ]
+    return cells
+
+
+def tasks_named(names: Iterable[str], data_root: Path | None, limit: int | None, **recipe) -> dict[str, Task]:
+    """Tasks by id or group, with their data read and checked, all but the test split.
+
+    Args:
+        recipe: fields of the training recipe to replace, where not None.
+    """
+    ids: list[str] = []
+    for name in names:
+        ids += registry.list_tasks(name) if name in registry.list_groups() else [name]
+    changed = {field: value for field, value in recipe.items() if value is not None}
+    tasks = {}
+    for id in dict.fromkeys(ids):
+        task = registry.make(id, data_root=data_root, limit=limit)
+        if changed:
+            task.spec = replace(task.spec, recipe=replace(task.spec.recipe, **changed))
+        task.check()
+        tasks[id] = task
+    return tasks
+
+
+def variants_named(names: Iterable[str]) -> list[VariantSpec]:
+    """Variants by name; ``all`` is every one. Their settings are checked."""
+    found: dict[str, VariantSpec] = {}
+    for name in names:
+        for each in registry.list_variants() if name == "all" else [name]:
+            variant = registry.variant(each)
+            variant.check()
+            found[variant.name] = variant
+    if not found:
+        raise UsageError("variants", [], "name at least one")
+    return list(found.values())
+
+
+def sweep(runner: Runner, cells: Sequence[Cell], retry_failed: bool = False, show: bool = True) -> list[dict]:
+    """Bring every cell to its end, and return the results.
+
+    Cells that are done are left alone, so a sweep that was stopped goes on where it was. A failed cell stops no other.
+
+    Args:
+        retry_failed: run failed cells again.
+        show: a progress display on standard error.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as progress:
+        overall = progress.add_task("", total=len(cells))
+        current = progress.add_task("", total=None)
+        counts = {"done": 0, "failed": 0}
+
+        def tell(cell: Cell | None) -> None:
+            running = f"{cell.task.id} {cell.variant.name} {cell.name}" if cell else ""
+            progress.update(overall, description=f"done {counts['done']}, failed {counts['failed']}", advance=0)
+            progress.update(current, description=running, completed=0)
+
+        for contest in _contests(cells):
+            for cell in contest:
+                if retry_failed and runner.state(cell) == "failed":
+                    runner.forget(cell)
+                tell(cell)
+                if runner.state(cell) == "new":
+                    runner.train(cell, lambda step, steps: progress.update(current, completed=step, total=steps))
+            trained = [cell for cell in contest if runner.state(cell) == "trained"]
+            if trained:
+                best = _best(runner, trained)
+                for cell in trained:
+                    tell(cell)
+                    runner.test(cell) if cell is best else runner.lost(cell)
+            for cell in contest:
+                counts[runner.state(cell)] += 1
+                progress.update(overall, advance=1)
+            tell(None)
+    return [runner.result(cell) for cell in cells]
+
+
+def _contests(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that differ in the learning rate only, together."""
+    contests: dict[str, list[Cell]] = {}
+    for cell in cells:
+        contests.setdefault(cell.contest.hash, []).append(cell)
+    return list(contests.values())
+
+
+def _best(runner: Runner, cells: Sequence[Cell]) -> Cell:
+    """The best on the validation split; of equals, the first."""
+
+    def score(cell: Cell) -> float:
+        result = read(cell.folder(runner.results) / "result.json")
+        return result["validation"][result["primary"]]["value"]
+
+    return max(cells, key=score)
