@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmark_suite.task import Prediction, Task
+
 from benchmark_suite.runner.cell import Cell, read
 from benchmark_suite.runner.memory import PeakMemory
-from benchmark_suite.task import Prediction, Task
 from nemo_tiedlora.files import replacing, write_text
 
 #: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.

@@ -212,7 +212,9 @@ def workbench(base: Path, precision: str | int = 32) -> Iterator[Workbench]:
                 "restore_from_path": str(base),
                 "peft": {"peft_scheme": "none", "restore_from_path": None},
                 "data": {
-                    "chat": False, "train_ds": _data([], 1, 1, True, 8, 0), "validation_ds": _data([], 1, 1, False, 8, 0),
+                    "chat": False,
+                    "train_ds": _data([], 1, 1, True, 8, 0),
+                    "validation_ds": _data([], 1, 1, False, 8, 0),
                 },
                 "optim": {"name": "adamw", "lr": 0.0},
             },
