@@ -1,0 +1,130 @@
+"""The ``run`` and ``sweep`` commands."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_tiedlora.console import AsJson
+from nemo_tiedlora.errors import UsageError
+
+Base = Annotated[Path | None, typer.Option(help="Base model (.nemo); by default the built-in one.")]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder with <dataset>/{train,validation,test}.jsonl.")
+]
+TasksPath = Annotated[
+    list[Path] | None, typer.Option("--tasks-path", help="Folder with tasks of your own (YAML); repeatable.")
+]
+Results = Annotated[Path, typer.Option("--results", help="Folder for results; what is done in it is not done again.")]
+Limit = Annotated[int | None, typer.Option(help="Examples of each split, at most.", min=1)]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps, at most, in place of the task's.", min=1)]
+Length = Annotated[int | None, typer.Option(help="Tokens of a row, in place of the task's.", min=2)]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
+
+
+def run(
+    task: Annotated[str, typer.Argument(help="Task id.")],
+    variant: Annotated[str, typer.Option(help="Variant name.")] = "TL6",
+    rank: Annotated[int | None, typer.Option(help="By default the variant's first.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
+    lr: Annotated[float | None, typer.Option(help="By default the best of the task's, by validation.")] = None,
+    base: Base = None,
+    data_root: DataRoot = None,
+    tasks_path: TasksPath = None,
+    limit: Limit = None,
+    steps: Steps = None,
+    max_seq_length: Length = None,
+    results: Results = Path("results"),
+    retry_failed: Retry = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one variant on one task and evaluate it."""
+    ranks, rates = ([rank] if rank else None), ([lr] if lr else None)
+    _sweep(
+        [task], [variant], ranks, [seed], rates, base, data_root, tasks_path, limit, steps, max_seq_length, results,
+        retry_failed, as_json,
+    )  # fmt: skip
+
+
+def sweep(
+    tasks: Annotated[str, typer.Option(help="Tasks or groups, separated by commas.")] = "smoke",
+    variants: Annotated[str, typer.Option(help="Variants, separated by commas; or all.")] = "LoRA,TL5,TL6,VeRA",
+    ranks: Annotated[str | None, typer.Option(help="Separated by commas; by default each variant's first.")] = None,
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
+    lrs: Annotated[str | None, typer.Option(help="Learning rates; by default the task's candidates.")] = None,
+    base: Base = None,
+    data_root: DataRoot = None,
+    tasks_path: TasksPath = None,
+    limit: Limit = None,
+    steps: Steps = None,
+    max_seq_length: Length = None,
+    results: Results = Path("results"),
+    retry_failed: Retry = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cross tasks with variants. Stopped at any moment, the same command goes on where it was."""
+    _sweep(
+        tasks.split(","), variants.split(","), ranks and _numbers("ranks", ranks, int), _numbers("seeds", seeds, int),
+        lrs and _numbers("lrs", lrs, float), base, data_root, tasks_path, limit, steps, max_seq_length, results,
+        retry_failed, as_json,
+    )  # fmt: skip
+
+
+def _sweep(
+    tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, limit, steps, max_seq_length, results,
+    retry_failed, as_json,
+):  # fmt: skip
+    from benchmark_suite import registry
+    from benchmark_suite.runner import sweep as sweeping
+    from benchmark_suite.runner.runner import Runner
+    from nemo_tiedlora.console import show
+    from nemo_tiedlora.embedded import base as embedded_base
+    from nemo_tiedlora.nemo.inputs import check_output, nemo_config
+    from nemo_tiedlora.platform.threads import use_one_thread, wait_passively
+
+    wait_passively()
+    for folder in tasks_path or ():
+        registry.register_folder(folder)
+    chosen = sweeping.variants_named(variants)
+    with_data = sweeping.tasks_named(tasks, data_root, limit, steps=steps, max_seq_length=max_seq_length)
+    if base:
+        nemo_config(base, "base")
+    else:
+        use_one_thread()
+    check_output(results, "results")
+    base = base or embedded_base.base()
+    cells = sweeping.matrix(with_data, chosen, base, ranks, seeds, rates, limit)
+    with Runner(base, results, with_data) as runner:
+        found = sweeping.sweep(runner, cells, retry_failed)
+    if as_json:
+        show({"results": found}, True)
+    else:
+        _print(found, results)
+    if any(result["status"] == "failed" for result in found):
+        sys.exit(1)
+
+
+def _print(found: list[dict], results: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "variant", "rank", "seed", "lr", "validation", "test", "trainable", "seconds")
+    for result in found:
+        name = result["primary"]
+        told = {split: (result.get(split) or {}).get(name, {}).get("value") for split in ("validation", "metrics")}
+        shown = ["" if value is None else f"{name} {value:.4g}" for value in told.values()]
+        if result["status"] == "failed":
+            shown = ["failed", result["error"]]
+        row = [result["task"], result["variant"], result["rank"], result["seed"], f"{result['lr']:g}", *shown]
+        table.add_row(*map(str, [*row, result.get("trainable", ""), result.get("seconds", "")]))
+    Console(soft_wrap=True).print(table)
+    print(f"{results}: python -m benchmark_suite report {results}")
+
+
+def _numbers(field: str, given: str, kind: type) -> list:
+    try:
+        return [kind(number) for number in given.split(",")]
+    except ValueError:
+        words = "whole numbers" if kind is int else "numbers"
+        raise UsageError(field, given, f"write {words} separated by commas") from None
