@@ -21,6 +21,8 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.edgecolor": LINE,
     "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -30,6 +32,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "grid.color": LINE,
     "grid.linewidth": 0.6,
+    "xtick.minor.visible": False,
     "xtick.color": LINE,
     "ytick.color": LINE,
     "xtick.labelcolor": INK,
@@ -59,7 +62,7 @@ def draw(title: str, description: str, paint: Callable, height: float = 3.0) -> 
     drawn = io.StringIO()
     # Not pyplot: it would keep every figure and choose a backend for the whole process.
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, height), layout="compressed")
+        figure = Figure(figsize=(4.4, height), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
         paint(axes)

@@ -108,7 +108,7 @@ def _markdown(table: Table) -> str:
         "",
         _plain(table.note),
         "",
-        _line(_plain(column.label) for column in table.columns),
+        _line(_plain(f"{column.label} {column.under}") for column in table.columns),
         _line("---:" if column.numeric else "---" for column in table.columns),
         *(_line(_cell(table, row, column) for column in table.columns) for row in table.rows),
     ]

@@ -47,6 +47,8 @@ def galleries(section: Section, cost: Table | None) -> list[Gallery]:
 
 
 def _size(section: Section, task: str) -> Plot:
+    from matplotlib.ticker import EngFormatter
+
     settings = [at for at in section.settings if at.task == task]
     edge = front(settings)
 
@@ -58,6 +60,8 @@ def _size(section: Section, task: str) -> Plot:
             places = [at.mean("trainable") for at in points], [at.score.mean for at in points]
             axes.plot(*places, linestyle="", **_style(section, variant))
         axes.set(xscale="log", xlabel="trainable parameters", ylabel=settings[0].primary)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))  # powers of ten would need mathtext
+        axes.minorticks_off()
 
     return draw(task, f"{task}: {settings[0].primary} against trainable parameters", paint)
 

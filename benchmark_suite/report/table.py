@@ -32,6 +32,7 @@ class Column:
     """A column: the key of its values in a row, its heading, how a value is written, and whether the best is marked.
 
     Args:
+        under: what the heading says in small print.
         best: ``max`` or ``min``, to mark the best value; None marks none.
     """
 
@@ -40,6 +41,7 @@ class Column:
     show: Callable[[object], str] = numbers.text
     numeric: bool = True
     best: Callable | None = None
+    under: str = ""
 
 
 def words(key: str, label: str) -> Column:

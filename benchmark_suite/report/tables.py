@@ -65,7 +65,7 @@ def reported(section: Section) -> Table:
                 "metric": at.primary,
                 "score": at.score.mean,
                 "std": at.score.std,
-                "difference": at.score.mean - other.score.mean if other else None,
+                "difference": at.score.mean - other.score.mean if other and other is not at else None,
                 "rank": at.rank,
                 "chosen_on": "validation" if on_validation(section.ranks(task, variant)) else "test",
                 "trainable": at.mean("trainable"),
@@ -136,8 +136,10 @@ def significance(section: Section) -> Table:
         f"Each variant at its best rank less {section.against} at its own, over the seeds both have. Paired bootstrap "
         f"over test examples ({RESAMPLES:,} resamples, generator seed {SEED}; an example's score is its mean over "
         f"seeds) and paired t-test over seeds, both two-sided, each Holm-corrected for all its tests here "
-        f"({tested[0]} and {tested[1]}). Best ranks were searched, so a p-value is on the optimistic side."
+        f"({tested[0]} and {tested[1]})."
     )
+    if not all(on_validation(section.ranks(*key)) for key in section.reported):
+        note += " Where the best rank was chosen on the test examples, p-values are too small."
     return Table("significance", f"Differences from {section.against}", note, columns, rows)
 
 
@@ -269,13 +271,10 @@ def _by_task(section: Section, key: str, title: str, note: str, rows: list[dict]
             )
     columns = [
         words("variant", "Variant"),
-        *(
-            Column(task, f"{task} {_metric(section, task)}", numbers.text, best=_direction(section, task))
-            for task in section.tasks
-        ),
+        *(Column(task, task, best=_direction(section, task), under=_metric(section, task)) for task in section.tasks),
     ]
     if len(comparable) > 1:
-        columns.append(Column("average", f"Average of {len(comparable)}", numbers.text, best=max))
+        columns.append(Column("average", "Average", best=max, under=f"of {len(comparable)} tasks"))
         note += "The average is given where no task is missing"
         note += "." if comparable == section.tasks else " and leaves out tasks where lower is better."
     note += f" P% is the share of the trainable parameters of the best {section.against} on the task."
