@@ -1,0 +1,1 @@
+"""The report: tables, plots and significance tests from a folder of results."""

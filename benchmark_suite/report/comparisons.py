@@ -1,0 +1,80 @@
+"""Every variant against one other, task by task, each at the rank it is reported with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from benchmark_suite.report.predictions import Unpaired, scores
+from benchmark_suite.report.settings import Setting
+from benchmark_suite.report.significance import Bootstrap, bootstrap, holm, t_test
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant less the one it is compared with, over the seeds both have.
+
+    ``p`` values are as tested, ``holm`` values corrected for all comparisons with the same base.
+    """
+
+    task: str
+    metric: str
+    variant: str
+    rank: int
+    other_rank: int
+    seeds: tuple[int, ...]
+    difference: float | None
+    bootstrap: Bootstrap | None
+    why_not: str
+    t_test_p: float | None
+    bootstrap_holm: float | None = None
+    t_test_holm: float | None = None
+
+
+def compare(reported: Mapping[tuple[str, str], Setting], against: str) -> list[Comparison]:
+    """Compare the ``reported`` setting of every (task, variant) with ``against``'s on that task."""
+    pairs = [
+        (setting, reported[task, against])
+        for (task, variant), setting in reported.items()
+        if variant != against and (task, against) in reported
+    ]
+    found = [_compare(*pair) for pair in pairs]
+    by_examples = holm([one.bootstrap and one.bootstrap.p for one in found])
+    by_seeds = holm([one.t_test_p for one in found])
+    return [
+        replace(one, bootstrap_holm=examples, t_test_holm=seeds)
+        for one, examples, seeds in zip(found, by_examples, by_seeds, strict=True)
+    ]
+
+
+def _compare(setting: Setting, other: Setting) -> Comparison:
+    firsts = {cell.seed: cell for cell in setting.cells}
+    seconds = {cell.seed: cell for cell in other.cells}
+    seeds = tuple(sorted(firsts.keys() & seconds.keys()))
+    values = [firsts[seed].test.value for seed in seeds], [seconds[seed].test.value for seed in seeds]
+    resampled, why_not = None, ""
+    try:
+        resampled = bootstrap(_differences([(scores(firsts[seed]), scores(seconds[seed])) for seed in seeds]))
+    except Unpaired as error:
+        why_not = str(error)
+    return Comparison(
+        task=setting.task,
+        metric=setting.primary,
+        variant=setting.variant,
+        rank=setting.rank,
+        other_rank=other.rank,
+        seeds=seeds,
+        difference=fmean(values[0]) - fmean(values[1]) if seeds else None,
+        bootstrap=resampled,
+        why_not=why_not,
+        t_test_p=t_test(*values) if seeds else None,
+    )
+
+
+def _differences(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> list[float]:
+    """One difference per example: the mean over seeds, so that an example's seeds are not taken for independent."""
+    if not pairs:
+        raise Unpaired("no seed in common")
+    examples = pairs[0][0].keys()
+    if not examples or any(side.keys() != examples for pair in pairs for side in pair):
+        raise Unpaired("different test examples")
+    return [fmean(first[at] - second[at] for first, second in pairs) for at in examples]

@@ -1,0 +1,95 @@
+"""The results with one base model; scores of different bases are never in one table."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+from benchmark_suite.report.cells import Broken, Cell
+from benchmark_suite.report.comparisons import Comparison, compare
+from benchmark_suite.report.settings import Setting, best, settings
+
+
+@dataclass(frozen=True)
+class Section:
+    """The evaluated cells of one base.
+
+    Args:
+        against: the variant that the others are compared with.
+    """
+
+    base: str
+    base_sha256: str
+    cells: Sequence[Cell]
+    against: str
+
+    @cached_property
+    def _grouped(self) -> tuple[list[Setting], list[Broken]]:
+        return settings(self.cells)
+
+    @property
+    def settings(self) -> list[Setting]:
+        return self._grouped[0]
+
+    @property
+    def left_out(self) -> list[Broken]:
+        """Cells that repeat another one."""
+        return self._grouped[1]
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        return sorted({at.task for at in self.settings})
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """The one compared with first, as in the papers' tables."""
+        return sorted({at.variant for at in self.settings}, key=lambda name: (name != self.against, name))
+
+    @cached_property
+    def reported(self) -> dict[tuple[str, str], Setting]:
+        """The setting at the best rank of every (task, variant)."""
+        return {key: best(list(ranks)) for key, ranks in groupby(self.settings, key=lambda at: (at.task, at.variant))}
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        return compare(self.reported, self.against)
+
+    def ranks(self, task: str, variant: str) -> list[Setting]:
+        return [at for at in self.settings if (at.task, at.variant) == (task, variant)]
+
+    def percent(self, setting: Setting) -> float | None:
+        """Its trainable parameters in percent of those of the best ``against`` on its task, the papers' P%."""
+        other = self.reported.get((setting.task, self.against))
+        return 100 * setting.mean("trainable") / other.mean("trainable") if other else None
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What makes scores in one table not comparable."""
+        return list(self._warnings())
+
+    def _warnings(self) -> Iterator[str]:
+        for task in self.tasks:
+            cells = [cell for at in self.settings if at.task == task for cell in at.cells]
+            for what, values in {
+                "different data": {cell.data_sha256 for cell in cells},
+                "different metrics": {cell.primary for cell in cells},
+                "different numbers of test examples": {cell.test.count for cell in cells},
+                "different seeds": {at.score.seeds for at in self.settings if at.task == task},
+            }.items():
+                if len(values) > 1:
+                    yield f"{task}: its cells have {what} ({'; '.join(sorted(map(_short, values)))})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return str(value)[:12]
+
+
+def sections(cells: Sequence[Cell], against: str) -> list[Section]:
+    """Split evaluated cells by base."""
+
+    def base(cell: Cell) -> tuple[str, str]:
+        return cell.base or "", cell.base_sha256 or ""
+
+    return [Section(*key, list(group), against) for key, group in groupby(sorted(cells, key=base), key=base)]

@@ -1,0 +1,150 @@
+"""The tests between variants against independent computations."""
+
+import time
+from itertools import product
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import scipy.stats
+from report_results import metric, write
+
+from benchmark_suite.report.cells import load
+from benchmark_suite.report.comparisons import compare
+from benchmark_suite.report.pareto import front
+from benchmark_suite.report.predictions import Unpaired, scores
+from benchmark_suite.report.section import sections
+from benchmark_suite.report.significance import bootstrap, holm, t_test
+
+
+def resampled(differences, resamples=20_000):
+    """The textbook bootstrap: draw indices, take means."""
+    generator = numpy.random.default_rng(99)
+    values = numpy.array(differences, dtype=float)
+    means = numpy.array([values[generator.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    p = (abs(means - values.mean()) >= abs(values.mean()) - 1e-12).mean()
+    return p, *numpy.quantile(means, [0.025, 0.975])
+
+
+@pytest.mark.parametrize("kind", ["binary", "continuous", "equal"])
+def test_bootstrap_agrees_with_drawing_indices(kind):
+    generator = numpy.random.default_rng(5)
+    differences = {
+        "binary": generator.choice([-1, 0, 1], size=80, p=[0.1, 0.6, 0.3]),
+        "continuous": generator.normal(0.1, 0.5, size=60),
+        "equal": numpy.zeros(10),
+    }[kind]
+    found = bootstrap(differences)
+    p, low, high = resampled(differences)
+    assert found.difference == pytest.approx(differences.mean()) and found.examples == len(differences)
+    assert found.p == pytest.approx(p, abs=0.01)
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
+    assert bootstrap(differences) == found
+
+
+def test_bootstrap_of_a_certain_difference_is_the_least_that_resamples_can_tell():
+    assert bootstrap([1.0] * 50).p == 1 / 10_001
+
+
+def test_bootstrap_of_ten_thousand_examples_is_quick():
+    began = time.monotonic()
+    bootstrap(numpy.random.default_rng(0).choice([-1, 0, 1], size=10_000))
+    assert time.monotonic() - began < 2
+
+
+def test_bootstrap_rarely_finds_what_is_not_there():
+    generator = numpy.random.default_rng(1)
+    found = [bootstrap(generator.choice([-1, 0, 1], size=200)).p < 0.05 for _ in range(200)]
+    assert sum(found) <= 20
+
+
+def test_t_test_agrees_with_the_formula():
+    first, second = [3.0, 4.5, 5.1], [2.0, 4.0, 4.9]
+    differences = numpy.subtract(first, second)
+    t = differences.mean() / (differences.std(ddof=1) / 3**0.5)
+    assert t_test(first, second) == pytest.approx(2 * scipy.stats.t.sf(abs(t), 2))
+    assert t_test([1.0], [2.0]) is None and t_test([1.0, 2.0], [2.0, 3.0]) is None
+
+
+def test_holm_by_hand():
+    # 0.01·4, then 0.02·3, then 0.03·2 = 0.06 (not below the one before), then 0.04·1 raised to 0.06
+    assert holm([0.04, 0.01, None, 0.03, 0.02]) == pytest.approx([0.06, 0.04, None, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([None]) == [None] and holm([]) == []
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_pareto_front_agrees_with_brute_force(higher):
+    generator = numpy.random.default_rng(2)
+    sign = 1 if higher else -1
+    for _ in range(50):
+        points = [(int(size), int(score)) for size, score in generator.integers(1, 8, size=(12, 2))]
+        settings = [
+            SimpleNamespace(mean=lambda _, size=size: size, score=SimpleNamespace(mean=score), higher_is_better=higher)
+            for size, score in points
+        ]
+        expected = sorted(
+            (size, score)
+            for size, score in points
+            if not any(
+                other <= size and sign * better >= sign * score and (other, better) != (size, score)
+                for other, better in points
+            )
+        )
+        assert sorted((at.mean(""), at.score.mean) for at in front(settings)) == expected
+    assert front([]) == []
+
+
+def comparison(folder):
+    (section,) = sections(load(folder).cells, "LoRA")
+    (found,) = compare(section.reported, "LoRA")
+    return found
+
+
+def test_examples_are_paired_over_the_seeds_that_both_have(tmp_path):
+    generator = numpy.random.default_rng(3)
+    examples = {key: generator.integers(0, 2, size=40) for key in product(("LoRA", "TL6"), (0, 1, 2))}
+    for (variant, seed), of in examples.items():
+        if (variant, seed) != ("LoRA", 2):
+            write(tmp_path / f"{variant}{seed}", of.tolist(), variant=variant, seed=seed)
+    found = comparison(tmp_path)
+    means = {variant: 100 * (examples[variant, 0] + examples[variant, 1]) / 2 for variant in ("LoRA", "TL6")}
+    p, low, high = resampled(means["TL6"] - means["LoRA"])
+    assert found.seeds == (0, 1) and found.bootstrap.examples == 40
+    assert found.difference == pytest.approx((means["TL6"] - means["LoRA"]).mean())
+    assert found.bootstrap.difference == pytest.approx(found.difference)
+    assert found.bootstrap.p == pytest.approx(p, abs=0.01) and found.bootstrap.low == pytest.approx(low, abs=2)
+    sides = [[100 * examples[variant, seed].mean() for seed in (0, 1)] for variant in ("TL6", "LoRA")]
+    assert found.t_test_p == pytest.approx(scipy.stats.ttest_rel(*sides).pvalue)
+
+
+def test_why_there_is_no_bootstrap(tmp_path):
+    write(tmp_path / "a", [1, 0, 1], variant="LoRA")
+    other = write(tmp_path / "b", [1, 0, 0], variant="TL6")
+    predictions = other / "predictions.jsonl"
+    lines = predictions.read_text()
+    for text, reason in {
+        lines.replace('"id": 2', '"id": 7'): "different test examples",
+        lines.replace("exact_match", "f1"): "no 'exact_match' per example",
+        lines.replace("1.0", "0.0").replace(": 1}", ": 0}"): "not a mean over examples",
+        lines.splitlines()[0]: "1 predictions for 3 examples",
+        lines.replace('"id": 2', '"id": 1'): "2 predictions for 3 examples",
+        "{": "broken predictions",
+    }.items():
+        predictions.write_text(text)
+        found = comparison(tmp_path)
+        assert found.bootstrap is None and found.why_not == reason
+        assert found.difference == pytest.approx(-100 / 3)
+    predictions.unlink()
+    assert comparison(tmp_path).why_not == "no predictions"
+
+
+def test_scores_are_in_the_units_of_the_metric(tmp_path):
+    write(tmp_path / "percent", [1, 0, 0, 0], metrics={"exact_match": metric(25.0, 4)})
+    write(tmp_path / "fraction", [1, 0, 0, 0], metrics={"exact_match": metric(0.25, 4)})
+    write(tmp_path / "rounded", [1, 0, 0], metrics={"exact_match": metric(33.33, 3)})
+    write(tmp_path / "corpus", [1, 0, 0], metrics={"exact_match": metric(31.0, 3)})
+    cells = {cell.cell: cell for cell in load(tmp_path).cells}
+    assert scores(cells["percent"])["0"] == 100 and scores(cells["fraction"])["0"] == 1
+    assert scores(cells["rounded"])["0"] == 100
+    with pytest.raises(Unpaired, match="not a mean over examples"):
+        scores(cells["corpus"])
