@@ -1,1 +1,69 @@
-"""The benchmark suite: every variant of the adapters on the papers' tasks, and the report on what came out."""
+"""Fine-tuning methods compared on equal terms: tasks by versioned name, their data, prompts and metrics.
+
+    import benchmark_suite
+
+    task = benchmark_suite.make("gsm8k-v1", data_root="data")
+    example = task.reset("validation")
+    reward = task.step("... #### 42")
+
+Importing this package is cheap: libraries are imported by what needs them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmark_suite.registry import (
+        list_groups,
+        list_tasks,
+        list_variants,
+        make,
+        register,
+        register_folder,
+        register_variant,
+        spec,
+        variant,
+    )
+    from benchmark_suite.task import Example, Task
+    from benchmark_suite.task_spec import TaskSpec
+    from benchmark_suite.variant_spec import VariantSpec
+
+_HOMES = {
+    "registry": (
+        "list_groups",
+        "list_tasks",
+        "list_variants",
+        "make",
+        "register",
+        "register_folder",
+        "register_variant",
+        "spec",
+        "variant",
+    ),
+    "task": ("Example", "Task"),
+    "task_spec": ("TaskSpec",),
+    "variant_spec": ("VariantSpec",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Example",
+    "Task",
+    "TaskSpec",
+    "VariantSpec",
+    "list_groups",
+    "list_tasks",
+    "list_variants",
+    "make",
+    "register",
+    "register_folder",
+    "register_variant",
+    "spec",
+    "variant",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,0 +1,99 @@
+"""The ``python -m benchmark_suite`` command. Subcommands only read options and print."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_tiedlora.console import AsJson
+from nemo_tiedlora.errors import UsageError
+
+app = typer.Typer(
+    name="benchmark_suite",
+    help="Fine-tuning methods compared on equal terms.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+TasksPath = Annotated[
+    list[Path] | None, typer.Option("--tasks-path", help="Folder with tasks of your own (YAML); repeatable.")
+]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", help="Folder with <dataset>/{train,validation,test}.jsonl.")
+]
+
+
+class Kind(StrEnum):
+    """What there is to list."""
+
+    tasks = "tasks"
+    variants = "variants"
+
+
+def main() -> None:
+    """Entry point: a mistake in the input ends in one line and exit code 2."""
+    try:
+        app()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command("list")
+def list_all(
+    kind: Annotated[Kind, typer.Argument(help="tasks or variants.")] = Kind.tasks,
+    group: Annotated[str | None, typer.Option(help="Only the tasks of this group.")] = None,
+    tasks_path: TasksPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tasks with their primary metric and groups, or variants with their scheme."""
+    from benchmark_suite import registry
+
+    _register(tasks_path)
+    if kind == Kind.tasks:
+        specs = [registry.spec(id) for id in registry.list_tasks(group)]
+        lines = [(each.id, each.primary, ",".join(each.groups), each.description) for each in specs]
+    else:
+        specs = [registry.variant(name) for name in registry.list_variants()]
+        lines = [(each.name, each.scheme, each.description) for each in specs]
+    if as_json:
+        print(json.dumps([each.to_dict() for each in specs], indent=2, ensure_ascii=False))
+        return
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@app.command()
+def show(
+    id: Annotated[str, typer.Argument(help="A task or a variant.")],
+    data_root: DataRoot = None,
+    tasks_path: TasksPath = None,
+    as_json: AsJson = False,
+) -> None:
+    """A task or variant in full; and an example as the model sees it, if the data are at hand."""
+    from benchmark_suite import declared, registry
+
+    _register(tasks_path)
+    if id in registry.list_variants():
+        facts = registry.variant(id).to_dict()
+    else:
+        facts = registry.spec(id).to_dict()
+        if data_root or "generated" in facts["source"] or "folder" in facts["source"]:
+            from dataclasses import asdict
+
+            facts["example"] = asdict(registry.make(id, data_root, limit=1).examples("validation")[0])
+    # By way of JSON, so that tuples are lists to YAML too.
+    plain = json.dumps(facts, indent=2, ensure_ascii=False)
+    print(plain if as_json else declared.text(json.loads(plain)), end="\n" if as_json else "")
+
+
+def _register(folders: list[Path] | None) -> None:
+    from benchmark_suite.registry import register_folder
+
+    for folder in folders or []:
+        register_folder(folder)

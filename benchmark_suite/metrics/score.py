@@ -1,0 +1,52 @@
+"""What a metric is, and what it gives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmark_suite.task import Example
+
+#: Predictions of a whole split, and its examples in the same order.
+Compute = Callable[[Sequence[Any], Sequence["Example"]], "Score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric over a split.
+
+    Args:
+        value: over all examples.
+        count: how many examples.
+        per_example: their values, of which ``value`` is the mean; None for metrics of a whole corpus, such as BLEU.
+        signature: how it was computed, where a library has settings that matter.
+    """
+
+    value: float
+    count: int
+    per_example: tuple[float, ...] | None = None
+    signature: str | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric by what it is for.
+
+    Args:
+        prediction: the kind of prediction it takes: ``generate`` (a text) or ``rank`` (a number for each choice).
+        compute: predictions and examples → ``Score``.
+        reward: prediction and example → a number that is higher for a better one, for metrics without values for
+            single examples; None: the value itself.
+        choices: whether it looks at an example's choices and label.
+    """
+
+    prediction: str
+    compute: Compute
+    reward: Callable[[Any, "Example"], float] | None = None
+    choices: bool = False
+
+
+def mean(per_example: Sequence[float], signature: str | None = None) -> Score:
+    """The score whose value is the mean of ``per_example``."""
+    values = tuple(float(value) for value in per_example)
+    return Score(sum(values) / len(values), len(values), values, signature)

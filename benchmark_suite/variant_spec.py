@@ -1,0 +1,139 @@
+"""What a variant is: a fine-tuning method with its settings, ranks and learning rates."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmark_suite.declared import build, check_list, check_rates, check_text
+from nemo_tiedlora.errors import UsageError, check_choice
+
+#: Peft scheme → the section of its settings under model.peft, and its setting for what a rank is to LoRA.
+SCHEMES: dict[str, tuple[str | None, str | None]] = {
+    "tied_lora": ("tied_lora_tuning", "rank"),
+    "vera": ("vera_tuning", "rank"),
+    "share_lora": ("share_lora_tuning", "rank"),
+    "cond_lora": ("cond_lora_tuning", "rank"),
+    "dyna_lora": ("dyna_lora_tuning", "rank"),
+    "lora": ("lora_tuning", "adapter_dim"),
+    "adapter": ("adapter_tuning", "adapter_dim"),
+    "ia3": ("ia3_tuning", None),
+    "ptuning": ("p_tuning", "virtual_tokens"),
+    "selective": ("selective_tuning", None),
+    "none": (None, None),
+}
+#: NeMo's own schemes, whose settings NeMo checks.
+STOCK = ("lora", "adapter", "ia3", "ptuning", "selective", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSpec:
+    """A variant.
+
+    Args:
+        name: as in tables.
+        description: one line, for people.
+        scheme: ``model.peft.peft_scheme``.
+        settings: of the scheme, beside its rank.
+        ranks: ranks to compare; of p-tuning, numbers of virtual tokens. Empty where there is nothing of the kind.
+        lr: learning rates to choose from where a task names none for this variant; empty: the task's own.
+        citation: where the method comes from.
+
+    Raises:
+        UsageError: for the first thing that is wrong.
+    """
+
+    name: str
+    description: str
+    scheme: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    ranks: list[int] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    citation: str = ""
+
+    def __post_init__(self):
+        check_text("name", self.name)
+        check_text("description", self.description)
+        check_choice("scheme", self.scheme, SCHEMES)
+        if not isinstance(self.settings, dict):
+            raise UsageError("settings", self.settings, "write a mapping, such as {preset: TL6}")
+        check_list("ranks", self.ranks, int, "whole numbers", empty=True)
+        for rank in self.ranks:
+            if rank < 1:
+                raise UsageError("ranks", rank, "must be at least 1")
+        if bool(self.ranks) != bool(self.rank_setting):
+            way_out = "name some, such as [8]" if self.rank_setting else f"{self.scheme} has none; leave it out"
+            raise UsageError("ranks", self.ranks, way_out)
+        if self.rank_setting in self.settings:
+            raise UsageError(f"settings.{self.rank_setting}", self.settings[self.rank_setting], "set it by ranks")
+        if self.lr:
+            check_rates("lr", self.lr)
+
+    @property
+    def section(self) -> str | None:
+        """The section of the settings under ``model.peft``; None for full fine-tuning."""
+        return SCHEMES[self.scheme][0]
+
+    @property
+    def rank_setting(self) -> str | None:
+        """The setting that a rank goes to."""
+        return SCHEMES[self.scheme][1]
+
+    def settings_at(self, rank: int | None = None) -> dict[str, Any]:
+        """The scheme's settings with a rank, by default the first of ``ranks``.
+
+        Raises:
+            UsageError: a rank for a scheme without one.
+        """
+        if rank is not None and not self.rank_setting:
+            raise UsageError("rank", rank, f"{self.name} has none")
+        if not self.rank_setting:
+            return dict(self.settings)
+        return self.settings | {self.rank_setting: self.ranks[0] if rank is None else rank}
+
+    def overrides(self, rank: int | None = None) -> list[str]:
+        """The variant as Hydra overrides of the fine-tuning job, such as ``model.peft.peft_scheme=vera``."""
+        settings = self.settings_at(rank).items()
+        values = (f"model.peft.{self.section}.{name}={_hydra(value)}" for name, value in settings)
+        return [f"model.peft.peft_scheme={self.scheme}", *values]
+
+    def check(self) -> None:
+        """Have the plugin check the settings at every rank. Imports torch.
+
+        Raises:
+            UsageError: what the method's config refuses.
+        """
+        if self.scheme in STOCK:
+            return
+        from nemo_tiedlora.variants import config_for
+
+        for rank in self.ranks:
+            try:
+                config_for(self.scheme, self.settings_at(rank))
+            except UsageError as error:
+                raise error.under(f"{self.name}.settings") from None
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "VariantSpec":
+        """A spec from plain data, such as a YAML file.
+
+        Raises:
+            UsageError: for the first thing that is wrong, under the variant's name.
+        """
+        name = given.get("name") if isinstance(given, dict) else None
+        try:
+            return build(cls, given)
+        except UsageError as error:
+            raise (error.under(name) if isinstance(name, str) and error.field != "name" else error) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data, for JSON and YAML; ``from_dict`` takes it back. What is not set is left out."""
+        return {name: value for name, value in asdict(self).items() if value not in ([], {}, "")}
+
+
+def _hydra(value: Any) -> str:
+    # Hydra reads a mapping's bare keys only.
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_hydra(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)
