@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from benchmark_suite.report.command import report
+from benchmark_suite.runner.command import run, sweep
 from nemo_tiedlora.console import AsJson
 from nemo_tiedlora.errors import UsageError
 
@@ -18,6 +20,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+app.command()(run)
+app.command()(sweep)
+app.command()(report)
 
 TasksPath = Annotated[
     list[Path] | None, typer.Option("--tasks-path", help="Folder with tasks of your own (YAML); repeatable.")

@@ -118,7 +118,10 @@ def _print(found: list[dict], results: Path) -> None:
             shown = ["failed", result["error"]]
         row = [result["task"], result["variant"], result["rank"], result["seed"], f"{result['lr']:g}", *shown]
         table.add_row(*map(str, [*row, result.get("trainable", ""), result.get("seconds", "")]))
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # rich takes what is not a terminal to be narrow, and cuts
+    console.print(table)
     print(f"{results}: python -m benchmark_suite report {results}")
 
 

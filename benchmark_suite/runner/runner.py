@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmark_suite.task import Prediction, Task
-
 from benchmark_suite.runner.cell import Cell, read
 from benchmark_suite.runner.memory import PeakMemory
+from benchmark_suite.task import Prediction, Task
 from nemo_tiedlora.files import replacing, write_text
 
 #: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.
@@ -65,8 +64,9 @@ class Runner:
     def train(self, cell: Cell, progress: Progress | None = None) -> dict[str, Any]:
         """Train a cell and evaluate it on the validation split."""
         with self._recorded(cell) as result, PeakMemory() as memory:
+            bench = self.bench  # loading it belongs to no cell
             folder, started = cell.folder(self.results), time.perf_counter()
-            with self.bench.trained(self._job(cell), progress=progress) as trained:
+            with bench.trained(self._job(cell), progress=progress) as trained:
                 predictions = self._predictions(trained, cell, "validation")
                 result["validation"] = self._scores(cell, predictions, "validation")
                 trained.save(folder / "adapter.nemo")
@@ -157,7 +157,7 @@ class Runner:
             "settings": cell.variant.settings_at(cell.rank),
             "recipe": cell.task.to_dict()["recipe"],
             "limit": cell.limit,
-            "base": str(self.base),
+            "base": self.base.name,
             "base_sha256": cell.base_sha256,
             "data_sha256": cell.data_sha256,
             "versions": _versions(),

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmark_suite.task import Task
-from benchmark_suite.variant_spec import VariantSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark_suite import registry
 from benchmark_suite.runner.cell import Cell, read, sha256_of_examples, sha256_of_file
 from benchmark_suite.runner.runner import Runner
+from benchmark_suite.task import Task
+from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.errors import UsageError
 
 

@@ -26,6 +26,7 @@ from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.generate import Generator
 from nemo_tiedlora.nemo.model import build_model, build_trainer
 from nemo_tiedlora.nemo.quiet import quiet
@@ -98,11 +99,21 @@ class Trained:
             self.model.save_to(str(path))
 
     def generate(self, prompts: Sequence[str], tokens: int, batch_size: int = 64) -> list[str]:
-        """Greedy completions, in order. Prompts of like length go together; no text depends on its batch."""
-        ids = self.model.tokenizer.text_to_ids
-        order = sorted(range(len(prompts)), key=lambda number: len(ids(prompts[number])))
+        """Greedy completions, in order. Prompts of like length go together; no text depends on its batch.
+
+        A prompt that leaves no room for the answer in the model's context loses its beginning.
+        """
+        tokenizer, room = self.model.tokenizer, self.model.cfg.encoder_seq_length - tokens
+        if room < 1:
+            raise UsageError("tokens", tokens, f"the base's context has {self.model.cfg.encoder_seq_length}")
+        ids = [tokenizer.text_to_ids(prompt) for prompt in prompts]
+        fitting = [
+            prompt if len(own) <= room else tokenizer.ids_to_text(own[-room:])
+            for prompt, own in zip(prompts, ids, strict=True)
+        ]
+        order = sorted(range(len(prompts)), key=lambda number: len(ids[number]))
         self.model.eval()
-        texts = Generator(self.model).generate([prompts[number] for number in order], tokens, batch_size=batch_size)
+        texts = Generator(self.model).generate([fitting[number] for number in order], tokens, batch_size=batch_size)
         by_number = dict(zip(order, texts, strict=True))
         return [by_number[number] for number in range(len(prompts))]
 
