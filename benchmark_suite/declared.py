@@ -1,6 +1,6 @@
 """Declarations in YAML: read, checked field by field, and turned into dataclasses and back."""
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +62,17 @@ def build(kind: type[Declared], given: object, section: str = "") -> Declared:
         return kind(**given)
     except UsageError as error:
         raise (error.under(section) if section else error) from None
+
+
+def plain(instance: Any) -> dict[str, Any]:
+    """A dataclass as plain data that ``build`` takes back; what is at its default is left out."""
+    found = {}
+    for item in fields(instance):
+        value = getattr(instance, item.name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        if value != default:
+            found[item.name] = plain(value) if is_dataclass(value) else value
+    return found
 
 
 def check_text(name: str, given: object) -> None:

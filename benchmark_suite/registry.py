@@ -70,8 +70,11 @@ def register_folder(path: str | Path) -> list[str]:
     found = _read_tasks(Path(path))
     if not found:
         raise UsageError("tasks_path", str(path), "no .yaml file in this folder")
+    together = Registry("task")
+    together.update(_tasks())
     for each in found:
-        register(each)
+        together.add(each.id, each)
+    _tasks().update(together)
     return [each.id for each in found]
 
 

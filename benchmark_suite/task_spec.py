@@ -1,12 +1,13 @@
 """What a task is: data, prompt, how a prediction is made, metrics, and a recipe to train for it."""
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from benchmark_suite.declared import build, check_list, check_rates, check_text, check_whole
+from benchmark_suite.declared import build, check_list, check_rates, check_text, check_whole, plain
 from benchmark_suite.metrics import METRICS
 from benchmark_suite.templates import check_expression, check_template
+from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 
 #: The splits that every task has. Others may be declared, such as ``test_mismatched``.
@@ -136,6 +137,10 @@ class Recipe:
         if self.patience is not None:
             check_whole("patience", self.patience)
 
+    def rates(self, variant: VariantSpec) -> list[float]:
+        """The learning rates to choose from: the task's for this variant, else the variant's, else the task's."""
+        return self.variant_lr.get(variant.name) or variant.lr or self.lr
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:
@@ -231,8 +236,8 @@ class TaskSpec:
             raise (error.under(identity) if isinstance(identity, str) and error.field != "id" else error) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain data, for JSON and YAML; ``from_dict`` takes it back. What is not set is left out."""
-        return _without_unset(asdict(self))
+        """The spec as plain data, for JSON and YAML; ``from_dict`` takes it back. Defaults are left out."""
+        return plain(self)
 
     def at(self, folder: str) -> "TaskSpec":
         """The same spec with its source's relative folder under ``folder``."""
@@ -241,8 +246,3 @@ class TaskSpec:
         if self.source.folder is None:
             return self
         return replace(self, source=replace(self.source, folder=str(Path(folder) / self.source.folder)))
-
-
-def _without_unset(plain: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: _without_unset(value) if isinstance(value, dict) else value for name, value in plain.items()}
-    return {name: value for name, value in kept.items() if value not in (None, [], {}, "")}

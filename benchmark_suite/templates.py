@@ -25,6 +25,7 @@ def check_expression(name: str, source: str) -> None:
     _check(name, source, expression=True)
 
 
+@cache
 def mentions(source: str, name: str) -> bool:
     """Whether a template uses a field called ``name``."""
     from jinja2 import meta

@@ -1,10 +1,10 @@
 """What a variant is: a fine-tuning method with its settings, ranks and learning rates."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from benchmark_suite.declared import build, check_list, check_rates, check_text
+from benchmark_suite.declared import build, check_list, check_rates, check_text, plain
 from nemo_tiedlora.errors import UsageError, check_choice
 
 #: Peft scheme → the section of its settings under model.peft, and its setting for what a rank is to LoRA.
@@ -126,8 +126,8 @@ class VariantSpec:
             raise (error.under(name) if isinstance(name, str) and error.field != "name" else error) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain data, for JSON and YAML; ``from_dict`` takes it back. What is not set is left out."""
-        return {name: value for name, value in asdict(self).items() if value not in ([], {}, "")}
+        """The spec as plain data, for JSON and YAML; ``from_dict`` takes it back. Defaults are left out."""
+        return plain(self)
 
 
 def _hydra(value: Any) -> str:

@@ -37,7 +37,7 @@ def harness(declaration, rows):
     from lm_eval.api.task import ConfigurableTask
 
     config = dict(_declared(declaration))
-    data = {split: Dataset.from_list(rows) for split in ("train", "validation", "test")}
+    data = {split: Dataset.from_list(rows) for split in ("train", "validation", "validation_matched", "test")}
     for name in ("tag", "dataset_path", "dataset_name"):
         config.pop(name, None)
     return ConfigurableTask(config=config | {"custom_dataset": lambda **_: data})
@@ -59,9 +59,8 @@ def test_ranked_tasks_are_the_harness_own(id, data_root):
     theirs = harness(RANKED[id], rows)
     draw, predictions, results = Random(id), [], {name: [] for name in ours.spec.metrics}
     for example, row in zip(ours.examples(), theirs.validation_docs(), strict=True):
-        instances = theirs.construct_requests(
-            row, theirs.doc_to_text(row), apply_chat_template=False, chat_template=None
-        )
+        context = theirs.doc_to_choice(row) if theirs.multiple_input else theirs.doc_to_text(row)
+        instances = theirs.construct_requests(row, context)
         assert [instance.args for instance in instances] == list(example.queries)
         likelihoods = [draw.uniform(-9, -1) for _ in example.choices]
         predictions.append(likelihoods)

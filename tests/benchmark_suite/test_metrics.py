@@ -76,13 +76,9 @@ def test_gsm8k_scores_compare_text_not_value():
 
 def test_bleu_is_sacrebleus_with_its_signature():
     predictions = ["The dog sleeps long today.", "We build a small boat."]
-    examples = [
-        example("The dog sleeps long today."),
-        example("We are building a small boat.", "We build a tiny boat."),
-    ]
-    expected = sacrebleu.corpus_bleu(
-        predictions, [[each.references[0] for each in examples], [None, "We build a tiny boat."]]
-    )
+    first, second = ["The dog sleeps long today.", "We are building a small boat."], [None, "We build a tiny boat."]
+    expected = sacrebleu.corpus_bleu(predictions, [first, second])
+    examples = [example(first[0]), example(first[1], second[1])]
     score = METRICS["bleu"].compute(predictions, examples)
     assert score.value == pytest.approx(expected.score) and score.per_example is None
     assert "tok:13a" in score.signature and "version:" in score.signature

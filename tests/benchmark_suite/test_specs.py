@@ -105,6 +105,14 @@ def test_a_name_means_one_thing():
         benchmark_suite.register(benchmark_suite.TaskSpec.from_dict(changed("id", "colours-v7") | {"seed": 1}))
 
 
+def test_a_folder_is_added_whole_or_not_at_all(tmp_path):
+    (tmp_path / "a.yaml").write_text(declared.text(changed("id", "colours-v8")))
+    (tmp_path / "b.yaml").write_text(declared.text(changed("id", "gsm8k-v1")))
+    with pytest.raises(UsageError, match="task='gsm8k-v1': registered already"):
+        benchmark_suite.register_folder(tmp_path)
+    assert "colours-v8" not in benchmark_suite.list_tasks()
+
+
 def test_importing_the_suite_is_cheap():
     heavy = "('torch', 'datasets', 'sklearn', 'scipy', 'sacrebleu', 'rouge_score', 'pandas')"
     code = f"""
@@ -151,6 +159,12 @@ def test_bad_variants_are_named(change, message):
     with pytest.raises(UsageError) as error:
         benchmark_suite.register_variant(benchmark_suite.VariantSpec.from_dict(good | change))
     assert message in str(error.value)
+
+
+def test_learning_rates_are_the_most_specific():
+    smoke, paper = benchmark_suite.spec("before-v1").recipe, benchmark_suite.spec("gsm8k-v1").recipe
+    full, tied = benchmark_suite.variant("full"), benchmark_suite.variant("TL6")
+    assert smoke.rates(tied) == [3e-2] and paper.rates(full) == [1e-5, 1e-6] and paper.rates(tied) == [1e-4, 1e-5]
 
 
 def test_every_variant_of_a_recipe_exists():

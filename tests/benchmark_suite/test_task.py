@@ -51,19 +51,17 @@ def test_right_answers_get_the_best_score(id, data_root):
 @pytest.mark.parametrize("id", benchmark_suite.list_tasks())
 def test_stepping_through(id, data_root):
     task = benchmark_suite.make(id, data_root, limit=2)
-    example, right, wrong = task.reset("validation"), [], None
+    right = []
+    task.reset("validation")
     while task.example:
         example = task.example
         right.append(task.step(oracle(task, example)))
     assert len(right) == len(task.examples()) and min(right) == max(right)
     with pytest.raises(UsageError, match="no example is left"):
-        task.step(wrong)
+        task.step("anything")
     first = task.reset()
-    worse = (
-        "zzz"
-        if task.spec.prediction.kind == "generate"
-        else [-1000.0 * (i == first.label) for i in range(len(first.choices))]
-    )
+    opposite = [-1000.0 * (number == first.label) for number in range(len(first.choices))]
+    worse = "zzz" if task.spec.prediction.kind == "generate" else opposite
     assert task.step(worse) < right[0]
 
 
@@ -71,7 +69,6 @@ def test_the_test_split_stays_shut_until_asked_for(data_root):
     task = benchmark_suite.make("boolq-v1", data_root)
     task.check(), task.reset(), task.examples("train")
     assert [split for split, _ in task.accesses] == ["train", "validation"]
-    (data_root / "boolq" / "test.jsonl").read_text()
     task.examples("test"), task.examples("test")
     assert task.accesses[-1] == ("test", str(data_root / "boolq" / "test.jsonl")) and len(task.accesses) == 3
 
