@@ -25,7 +25,6 @@ STOCK_SCHEMES = {
     "adapter": "adapter_tuning",
     "ia3": "ia3_tuning",
     "ptuning": "p_tuning",
-    "selective": "selective_tuning",
     "none": None,
 }
 

@@ -31,6 +31,24 @@ from nemo_tiedlora.nemo.generate import Generator
 from nemo_tiedlora.nemo.model import build_model, build_trainer
 from nemo_tiedlora.nemo.quiet import quiet
 
+#: What NeMo's own schemes want to be told and a job need not say, by section of ``model.peft``.
+_TENSORS = {
+    "adapter_dropout": 0.0,
+    "column_init_method": "xavier",
+    "row_init_method": "zero",
+    "layer_selection": None,
+    "weight_tying": False,
+    "position_embedding_strategy": None,
+}
+STOCK_SETTINGS: dict[str, dict[str, Any]] = {
+    "lora_tuning": {"variant": "nemo", "target_modules": ["attention_qkv"], "alpha": 32, **_TENSORS},
+    "adapter_tuning": {
+        "type": "parallel_adapter", "norm_position": "pre", "norm_type": "mixedfusedlayernorm", **_TENSORS,
+    },
+    "p_tuning": {"bottleneck_dim": 64, "embedding_dim": 64, "init_std": 0.023},
+    "ia3_tuning": {"layer_selection": None},
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Job:
@@ -185,7 +203,9 @@ class Workbench:
                 OmegaConf.update(self.model._cfg, name, cfg.model[name], merge=False, force_add=True)
             reconfigure_num_microbatches_calculator(0, None, job.batch_size, job.micro_batch_size, 1)
             make = PEFT_CONFIG_MAP[job.scheme]
-            if make is not None:
+            if job.scheme == "selective":
+                _select(self.model, job.peft["selective_tuning"]["tunable_base_param_names"])
+            elif make is not None:
                 self.model.add_adapter(make(self.model.cfg))
             else:
                 self.model.unfreeze()
@@ -244,7 +264,8 @@ def _config(cfg: DictConfig, job: Job) -> DictConfig:
     cfg.trainer.max_steps = job.steps
     cfg.trainer.val_check_interval = min(job.validate_every, job.steps)
     cfg.model.seed = job.seed
-    cfg.model.peft = {"peft_scheme": job.scheme, "restore_from_path": None, **job.peft}
+    sections = {name: STOCK_SETTINGS.get(name, {}) | settings for name, settings in job.peft.items()}
+    cfg.model.peft = {"peft_scheme": job.scheme, "restore_from_path": None, **sections}
     sizes = job.batch_size, job.micro_batch_size
     cfg.model.micro_batch_size, cfg.model.global_batch_size = job.micro_batch_size, job.batch_size
     cfg.model.data = {
@@ -272,6 +293,19 @@ def _data(files: list[str], batch_size: int, micro_batch_size: int, train: bool,
     metric = {"name": "loss", "average": None, "num_classes": None}
     writing = {"write_predictions_to_file": False, "output_file_path_prefix": None, "tokens_to_generate": 1}
     return section | {"names": ["validation"], "metric": metric, **writing}
+
+
+def _select(model, names: list[str]) -> None:
+    """Train the base's parameters with one of ``names`` in their path; NeMo's own way refuses Megatron-core models."""
+    model.use_peft = True
+    model.freeze(training=True)
+    model.adapter_keys = set()
+    parameters = dict(model._unwrap_model().named_parameters(prefix="model"))
+    model.tunable_base_param_keys = {name for name in parameters if set(names) & set(name.split("."))}
+    if not model.tunable_base_param_keys:
+        raise UsageError("tunable_base_param_names", names, "the base has no parameter of this name")
+    for name in model.tunable_base_param_keys:
+        parameters[name].requires_grad = True
 
 
 def _seed(seed: int) -> None:

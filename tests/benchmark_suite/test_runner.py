@@ -1,0 +1,177 @@
+"""Cells on the built-in base: trained, chosen by validation, tested once, recorded, resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+
+import benchmark_suite
+from benchmark_suite.runner import sweep as sweeping
+from benchmark_suite.runner.runner import ATTEMPTS, Runner
+from nemo_tiedlora.embedded import base as embedded_base
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+SHORT = {"steps": 12, "limit": 24}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base():
+    return embedded_base.base()
+
+
+@pytest.fixture
+def runner(base, tmp_path):
+    """Makes a runner on fresh results, and cells for it: ``runner(variants, rates)``."""
+    opened = []
+
+    def make(variants=("TL6",), rates=(1e-2,), results="results", **changes):
+        tasks = sweeping.tasks_named(["before-v1"], None, SHORT["limit"], steps=SHORT["steps"])
+        one = Runner(base, tmp_path / results, tasks).__enter__()
+        opened.append(one)
+        chosen = sweeping.variants_named(variants)
+        return one, sweeping.matrix(tasks, chosen, base, changes.get("ranks"), [0], list(rates), SHORT["limit"])
+
+    with toy.clean_megatron():
+        yield make
+        for one in opened:
+            one.__exit__(None, None, None)
+
+
+def contents(folder):
+    """Every file that results are made of, but what differs from run to run: times and memory."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and ".data" not in path.parts:
+            value = path.read_bytes()
+            if path.name == "result.json":
+                result = json.loads(value)
+                for name in ("seconds", "tokens_per_second", "peak_memory_bytes"):
+                    result.pop(name)
+                value = result
+            found[str(path.relative_to(folder))] = value
+    return found
+
+
+def test_the_same_seed_gives_the_same_files_and_done_cells_are_left_alone(runner, tmp_path):
+    first, cells = runner(("TL6", "CondLoRA"), rates=(1e-2, 1e-3))
+    found = sweeping.sweep(first, cells, show=False)
+    assert [result["status"] for result in found] == ["done"] * 4
+    assert [result["selected"] for result in found].count(True) == 2
+    for result in found:
+        assert ("metrics" in result) is result["selected"]
+        assert result["trainable"] > 0 and result["adapter_bytes"] > 0 and result["peak_memory_bytes"] > 0
+    again, cells = runner(("TL6", "CondLoRA"), rates=(1e-2, 1e-3), results="again")
+    again._bench = first.bench  # the very base that other cells have used
+    sweeping.sweep(again, cells, show=False)
+    assert contents(tmp_path / "again") == contents(tmp_path / "results")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
+    sweeping.sweep(first, cells, show=False)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")} == before
+
+
+def test_the_winner_is_the_best_on_validation_and_the_test_split_is_read_for_it_only(runner):
+    one, cells = runner(rates=(1e-2, 1e-6))
+    task = one.tasks["before-v1"]
+    results = [one.train(cell) for cell in cells]
+    assert {split for split, _ in task.accesses} == {"train", "validation"}
+    scores = [result["validation"]["exact_match"]["value"] for result in results]
+    found = sweeping.sweep(one, cells, show=False)
+    assert "test" in {split for split, _ in task.accesses}
+    winner = found[scores.index(max(scores))]
+    assert winner["selected"] and winner["metrics"]["exact_match"]["count"] == SHORT["limit"]
+
+
+def test_a_failed_cell_is_recorded_and_stops_no_other(runner):
+    one, cells = runner(("TL6", "VeRA"), ranks=[500])  # larger than the layer
+    _, good = runner(("TL6",))
+    found = sweeping.sweep(one, [*cells, *good], show=False)
+    assert [result["status"] for result in found] == ["failed", "failed", "done"]
+    assert "rank" in found[0]["error"] and (cells[0].folder(one.results) / "log.txt").is_file()
+
+
+def test_a_cell_that_kills_its_process_is_given_up_and_can_be_retried(runner):
+    one, (cell,) = runner()
+    cell.folder(one.results).mkdir(parents=True)
+    (cell.folder(one.results) / "started.json").write_text(json.dumps({"attempts": ATTEMPTS}))
+    (found,) = sweeping.sweep(one, [cell], show=False)
+    assert found["status"] == "failed" and "killed" in found["error"]
+    (found,) = sweeping.sweep(one, [cell], retry_failed=True, show=False)
+    assert found["status"] == "done"
+
+
+def test_baselines_leave_the_base_as_it_was(runner):
+    """Full fine-tuning and NeMo's own schemes, then the first variant again: to the bit what it was."""
+    one, cells = runner(("TL6", "full", "NeMo LoRA", "IA3", "p-tuning", "selective", "sequential adapter"))
+    tl6, *others = cells
+    first = one.train(tl6)
+    for cell in others:
+        assert one.train(cell)["status"] == "trained", one.result(cell)["error"]
+    one.forget(tl6)
+    again = one.train(tl6)
+    assert again["validation_losses"] == first["validation_losses"]
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmark_suite", *arguments],
+        cwd=ROOT, env=toy.FRESH, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def test_a_killed_sweep_goes_on_where_it_was(base, tmp_path):
+    arguments = ["sweep", "--tasks", "before-v1,second-v1", "--variants", "TL5,LoRA", "--lrs", "1e-2",
+                 "--steps", "30", "--limit", "32", "--results", str(tmp_path), "--json"]  # fmt: skip
+    killed = command(*arguments)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.rglob("result.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("predictions.jsonl")}
+    process = command(*arguments)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-2000:]
+    assert [result["status"] for result in json.loads(out)["results"]] == ["done"] * 4
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
+
+
+def test_a_mistake_is_refused_by_name_before_anything_is_loaded(tmp_path):
+    cases = {
+        ("--tasks", "gsm9k-v1"): "did you mean 'gsm8k-v1'",
+        ("--variants", "TL7"): "TL7",
+        ("--seeds", "x"): "seeds='x': write whole numbers",
+        ("--base", "missing.nemo"): "missing.nemo': no such file",
+    }
+    for arguments, message in cases.items():
+        process = command("sweep", "--results", str(tmp_path / "r"), *arguments)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 2 and message in err and err.count("\n") == 1, (arguments, err)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the real rows are not beside the checkout")
+def test_every_task_goes_from_real_rows_to_the_report(base, tmp_path):
+    """A few steps on a few rows: this is about every task's way through, not about scores."""
+    ids = [id for id in benchmark_suite.list_tasks() if id not in benchmark_suite.list_tasks("smoke")]
+    assert len(ids) >= 20
+    sizes = ("--steps", "2", "--limit", "6", "--max-seq-length", "128", "--lrs", "1e-2")
+    where = ("--data-root", str(DATA), "--results", str(tmp_path))
+    arguments = ["sweep", "--tasks", ",".join(ids), "--variants", "TL6", *sizes, *where]
+    process = command(*arguments, "--json")
+    out, err = process.communicate(timeout=1500)
+    assert process.returncode == 0, err[-2000:]
+    for result in json.loads(out)["results"]:
+        assert result["status"] == "done", result
+        assert all(score["count"] == 6 for score in result["metrics"].values())
+        rows = (next(tmp_path.glob(f"{result['task']}/TL6/*/predictions.jsonl"))).read_text().splitlines()
+        assert len(rows) == 6
+    report = command("report", str(tmp_path), "--json")
+    out, err = report.communicate(timeout=200)
+    assert report.returncode == 0, err[-2000:]
+    assert {id for id in ids if id in out} == set(ids)
