@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
-    package_data={"benchmark_suite": ["tasks/*.yaml", "variants/*.yaml"]},
+    package_data={"benchmark_suite": ["tasks/*.yaml", "variants/*.yaml", "report/templates/*"]},
     entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
     install_requires=[
         "torch>=2.6",
@@ -30,6 +30,7 @@ setup(
         "rouge_score",
         "ruamel.yaml",
         "sacrebleu",
+        "safetensors",
         "scikit-learn",
         "scipy",
         "sentencepiece",
