@@ -83,6 +83,8 @@ class Conducting(Callback):
         self._loaded: dict[str, Any] = {}
 
     def on_train_start(self, trainer, model):
+        if not resume.knows_keys(resume.inner(trainer)):
+            return  # and the settings that would need it were refused
         for scheme, adapted in model.adaptations.items():
             self.conductors[scheme] = Conductor(resume.inner(trainer), adapted.bank.variant, scheme, adapted.ranks)
             if scheme in self._loaded:

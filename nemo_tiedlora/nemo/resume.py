@@ -25,11 +25,16 @@ def inner(trainer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def knows_keys(optimizer) -> bool:
+    """Whether an optimizer's groups are ours; Megatron's distributed one makes groups of its own."""
+    return any("adapter" in group for group in optimizer.param_groups)
+
+
 def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     """Replace this rank's tensors and optimizer states by whole ones. All ranks must call it together."""
-    if not only_ours(model):
-        return
     optimizer = inner(model.trainer)
+    if not only_ours(model) or not knows_keys(optimizer):
+        return
     checkpoint[KEY] = {}
     for scheme in model.adaptations:
         mine = {}

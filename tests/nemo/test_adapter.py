@@ -9,6 +9,8 @@ import pytest
 import torch
 import toy
 
+from nemo_tiedlora.errors import UsageError
+
 CHUNK = 24
 
 
@@ -146,6 +148,27 @@ def test_bf16_trains(finetuning):
         )
         losses = losses_of(model, trainer)
         assert sum(losses[-8:]) < sum(losses[:8])
+
+
+def test_megatrons_distributed_optimizer_trains(finetuning):
+    optim = toy.OPTIM | {"name": "mcore_distributed_optim"}
+    model, trainer = finetuning(
+        peft_scheme="tied_lora",
+        tied_lora_tuning={"preset": "LoRA", "rank": 4},
+        trainer={"max_steps": 24, "precision": "bf16"},
+        model={"megatron_amp_O2": True, "optim": optim},
+    )
+    losses = losses_of(model, trainer)
+    assert sum(losses[-8:]) < sum(losses[:8])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "settings", "field"), [("dyna_lora", {}, "model.optim.name"), ("tied_lora", {"lr_ratio": 2}, "lr_ratio")]
+)
+def test_what_the_distributed_optimizer_would_not_do_is_refused(finetuning, scheme, settings, field):
+    optim = toy.OPTIM | {"name": "mcore_distributed_optim"}
+    with pytest.raises(UsageError, match=f"^{field}="):
+        finetuning(peft_scheme=scheme, model={"optim": optim}, **{f"{scheme}_tuning": settings})
 
 
 def test_full_recomputation_gives_the_same_training(finetuning):
