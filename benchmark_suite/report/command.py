@@ -14,7 +14,9 @@ def report(
     markdown: Annotated[Path | None, typer.Option(help="Write every table as Markdown.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write every setting, unrounded, as CSV.")] = None,
     as_json: AsJson = False,
-    against: Annotated[str, typer.Option(help="The variant that the others are compared with.")] = "LoRA",
+    against: Annotated[
+        str | None, typer.Option(help="The variant to compare with; by default LoRA, or the first there is.")
+    ] = None,
 ) -> None:
     """Tables, plots and significance tests of a benchmark's results."""
     from benchmark_suite.report import formats

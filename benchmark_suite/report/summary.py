@@ -30,15 +30,18 @@ class Summary:
     rest: list[Table]
 
 
-def summarize(results: Path, against: str) -> Summary:
+def summarize(results: Path, against: str | None = None) -> Summary:
     """Read a results folder and work out every table.
 
     Raises:
-        UsageError: there are no results, or no cell is of the variant ``against``.
+        UsageError: there are no results, or no cell is of the variant ``against``. Without one, it is LoRA, or the
+            first there is.
     """
     found = load(results)
-    if found.cells:
-        check_choice("against", against, sorted({cell.variant for cell in found.cells}))
+    variants = sorted({cell.variant for cell in found.cells})
+    against = against or ("LoRA" if "LoRA" in variants else [*variants, "LoRA"][0])
+    if variants:
+        check_choice("against", against, variants)
     evaluated = [cell for cell in found.cells if not cell.failed and cell.metrics and cell.selected]
     parts = sections(evaluated, against)
     rest = [_failed(found.cells), _unusable(found.broken, [double for part in parts for double in part.left_out])]
