@@ -34,6 +34,8 @@ CASES = {
     "DoRA and LoRA+": case("tied_lora", dora=True, lr_ratio=4),
     "backward importance": case("dyna_lora", steps=8, period=2, importance="backward", inner="cond_lora"),
     "recomputed": case("tied_lora", steps=6, model=RECOMPUTED),
+    "selective": case("tied_lora", steps=6, model={"activations_checkpoint_granularity": "selective"}),
+    "bfloat16": case("cond_lora", steps=6, model={"megatron_amp_O2": True}) | {"precision": "bf16"},
     "dropout": case("tied_lora", steps=4, dropout=0.3),
 }
 LAYOUTS = {
@@ -46,7 +48,7 @@ LAYOUTS = {
 #: Cases left out: sequence parallelism refuses one, and four processes on two cores take their time.
 LEFT_OUT = {
     "TP2 SP": ["backward importance"],
-    "TP2 PP2": ["DoRA and LoRA+", "backward importance", "recomputed", "dropout"],
+    "TP2 PP2": ["DoRA and LoRA+", "backward importance", "recomputed", "selective", "bfloat16", "dropout"],
 }
 
 
@@ -100,6 +102,9 @@ def test_every_layout_trains_the_same_model(layout, alone, name):
         pytest.skip("left out under this layout")
     reference, ranks = alone[name], records[name]
     tensor_ranks = LAYOUTS[layout_name][1].get("tensor_model_parallel_size", 1)
+    if name == "bfloat16":  # sums are rounded in another order
+        assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=5e-3)
+        return
     assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=1e-4)
     assert ranks[0]["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
     assert CASES[name]["steps"] < STEPS or reference["losses"][-1] < reference["losses"][0]
