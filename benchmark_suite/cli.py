@@ -1,7 +1,6 @@
 """The ``python -m benchmark_suite`` command. Subcommands only read options and print."""
 
 import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +8,9 @@ from typing import Annotated
 import typer
 
 from benchmark_suite.report.command import report
-from benchmark_suite.runner.command import run, sweep
+from benchmark_suite.runner.command import DataRoot, TasksPath, run, sweep
+from nemo_tiedlora import console
 from nemo_tiedlora.console import AsJson
-from nemo_tiedlora.errors import UsageError
 
 app = typer.Typer(
     name="benchmark_suite",
@@ -25,13 +24,6 @@ app.command()(run)
 app.command()(sweep)
 app.command()(report)
 
-TasksPath = Annotated[
-    list[Path] | None, typer.Option("--tasks-path", help="Folder with tasks of your own (YAML); repeatable.")
-]
-DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", help="Folder with <dataset>/{train,validation,test}.jsonl.")
-]
-
 
 class Kind(StrEnum):
     """What there is to list."""
@@ -41,12 +33,8 @@ class Kind(StrEnum):
 
 
 def main() -> None:
-    """Entry point: a mistake in the input ends in one line and exit code 2."""
-    try:
-        app()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    console.run(app)
 
 
 @app.command("list")

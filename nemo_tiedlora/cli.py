@@ -1,13 +1,12 @@
 """The ``tiedlora`` command. Each subcommand reads its options and calls the room that does the work."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nemo_tiedlora import analyze
+from nemo_tiedlora import analyze, console
 from nemo_tiedlora.console import AsJson, show
 from nemo_tiedlora.errors import UsageError
 
@@ -23,12 +22,8 @@ app.add_typer(analyze.app, name="analyze")
 
 
 def main() -> None:
-    """Entry point: a mistake in the input ends in one line and exit code 2."""
-    try:
-        app()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point."""
+    console.run(app)
 
 
 @app.command()
@@ -148,7 +143,7 @@ def groups(
     """Find layers of a base that can share factors (ShareLoRA), from its outputs over a calibration text."""
     from nemo_tiedlora.analysis.heatmap import Panel, draw
     from nemo_tiedlora.errors import check_choice
-    from nemo_tiedlora.files import write_text
+    from nemo_tiedlora.files import sha256_of, write_text
     from nemo_tiedlora.nemo import calibrate
     from nemo_tiedlora.nemo.inputs import check_output, nemo_config
     from nemo_tiedlora.nemo.sizes import sizes
@@ -184,7 +179,7 @@ def groups(
             "samples": len(texts),
             "length": length,
         },
-        "base_sha256": calibrate.checksum_of(base),
+        "base_sha256": sha256_of(base),
         "similarity": matrix,
     }
     write_text(out, json.dumps(result, indent=1) + "\n")

@@ -1,10 +1,13 @@
 """What the commands show: facts on standard output, progress on standard error."""
 
 import json
+import sys
 from collections.abc import Iterable
 from typing import Annotated, TypeVar
 
 import typer
+
+from nemo_tiedlora.errors import UsageError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Item = TypeVar("Item")
@@ -28,3 +31,12 @@ def progress(items: Iterable[Item], task: str, total: int) -> Iterable[Item]:
 
     console = Console(stderr=True)
     return track(items, task, total=total, console=console, disable=not console.is_terminal)
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command: a mistake in the input ends in one line and exit code 2."""
+    try:
+        app()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

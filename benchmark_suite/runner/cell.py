@@ -72,12 +72,6 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file (hexadecimal)."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_of_examples(task) -> str:
     """SHA-256 of what a task trains and validates on (hexadecimal)."""
     digest = hashlib.sha256()

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmark_suite.metrics import Score
 from benchmark_suite.runner.cell import Cell, read
 from benchmark_suite.runner.memory import PeakMemory
 from benchmark_suite.task import Prediction, Task
+from benchmark_suite.variant_spec import STOCK
 from nemo_tiedlora.files import replacing, write_text
 
 #: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.
@@ -68,7 +70,7 @@ class Runner:
             folder, started = cell.folder(self.results), time.perf_counter()
             with bench.trained(self._job(cell), progress=progress) as trained:
                 predictions = self._predictions(trained, cell, "validation")
-                result["validation"] = self._scores(cell, predictions, "validation")
+                result["validation"] = _values(self._scores(cell, predictions, "validation"))
                 trained.save(folder / "adapter.nemo")
                 _save_weights(folder / "weights.safetensors", trained.trainable)
                 facts = trained.facts
@@ -97,8 +99,9 @@ class Runner:
             weights = load_file(folder / "weights.safetensors")
             with self.bench.trained(self._job(cell), weights) as trained:
                 predictions = self._predictions(trained, cell, "test")
-            result["metrics"] = self._scores(cell, predictions, "test")
-            self._write_predictions(cell, predictions)
+            scores = self._scores(cell, predictions, "test")
+            result["metrics"] = _values(scores)
+            self._write_predictions(cell, predictions, scores)
             result |= {"status": "done", "selected": True}
         self._write(cell, result)
         if result["status"] == "done":
@@ -167,7 +170,7 @@ class Runner:
         from nemo_tiedlora.nemo.workbench import Job
 
         recipe, settings = cell.task.recipe, cell.variant.settings_at(cell.rank)
-        if cell.variant.scheme.endswith("_lora") or cell.variant.scheme == "vera":
+        if cell.variant.scheme not in STOCK:
             settings = {"seed": cell.seed} | settings
         files = self._files(cell)
         return Job(
@@ -205,16 +208,11 @@ class Runner:
         found = iter(trained.log_likelihoods([query for each in examples for query in each.queries]))
         return [[next(found)[0] for _ in each.queries] for each in examples]
 
-    def _scores(self, cell: Cell, predictions: list[Prediction], split: str) -> dict[str, dict[str, Any]]:
-        scores = self.tasks[cell.task.id].score(predictions, split)
-        return {
-            name: {"value": score.value, "count": score.count, "higher_is_better": True, "signature": score.signature}
-            for name, score in scores.items()
-        }
+    def _scores(self, cell: Cell, predictions: list[Prediction], split: str) -> dict[str, Score]:
+        return self.tasks[cell.task.id].score(predictions, split)
 
-    def _write_predictions(self, cell: Cell, predictions: list[Prediction]) -> None:
-        task = self.tasks[cell.task.id]
-        examples, scores = task.examples("test"), task.score(predictions, "test")
+    def _write_predictions(self, cell: Cell, predictions: list[Prediction], scores: dict[str, Score]) -> None:
+        examples = self.tasks[cell.task.id].examples("test")
         lines = []
         for number, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
             single = {name: score.per_example[number] for name, score in scores.items() if score.per_example}
@@ -228,7 +226,7 @@ class Runner:
         from nemo_tiedlora.variants import TiedConfig, config_for
 
         model = self.bench.model.cfg
-        if cell.variant.scheme in ("lora", "adapter", "ia3", "ptuning", "selective", "none"):
+        if cell.variant.scheme in STOCK:
             percent = 100 * trainable / lora_size(TiedConfig(preset="LoRA", rank=cell.rank or 8), model)
             return {"stored": trainable, "percent_of_lora": round(percent, 2)}
         found = sizes(config_for(cell.variant.scheme, cell.variant.settings_at(cell.rank)), model)
@@ -236,6 +234,13 @@ class Runner:
 
     def _write(self, cell: Cell, result: dict[str, Any]) -> None:
         write_text(cell.folder(self.results) / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def _values(scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"value": score.value, "count": score.count, "higher_is_better": True, "signature": score.signature}
+        for name, score in scores.items()
+    }
 
 
 def _stopped(text: str, stops: list[str]) -> str:

@@ -8,11 +8,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark_suite import registry
-from benchmark_suite.runner.cell import Cell, read, sha256_of_examples, sha256_of_file
+from benchmark_suite.runner.cell import Cell, read, sha256_of_examples
 from benchmark_suite.runner.runner import Runner
 from benchmark_suite.task import Task
 from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.files import sha256_of
 
 
 def matrix(
@@ -29,13 +30,12 @@ def matrix(
     Args:
         ranks: None takes each variant's first. rates: None takes the task's candidates for the variant.
     """
-    base_sha256 = sha256_of_file(base)
+    base_sha256 = sha256_of(base)
     cells = []
     for task in tasks.values():
         data_sha256 = sha256_of_examples(task)
         for variant in variants:
-            recipe = task.spec.recipe
-            candidates = rates or recipe.variant_lr.get(variant.name) or variant.lr or recipe.lr
+            candidates = rates or task.spec.recipe.rates(variant)
             own_ranks = (ranks or variant.ranks[:1]) if variant.rank_setting else [None]
             for rank in own_ranks:
                 for seed in seeds:

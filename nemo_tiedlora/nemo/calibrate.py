@@ -1,6 +1,5 @@
 """Which layers of a base are similar: its outputs over a calibration text (ShareLoRA, section 3.1)."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -159,9 +158,3 @@ def layer_similarity(base: Path, texts: Sequence[str], length: int, kind: str) -
     with generator(base) as loaded:
         outputs = layer_outputs(loaded.model, texts, length)
         return similarity_matrix(progress(outputs, "calibrating", len(texts)), kind)
-
-
-def checksum_of(path: str | Path) -> str:
-    """SHA-256 of a file (hexadecimal)."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
