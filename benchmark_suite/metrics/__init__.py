@@ -14,16 +14,16 @@ METRICS: dict[str, Metric] = {
     "rouge1": Metric("generate", texts.rouge("rouge1")),
     "rouge2": Metric("generate", texts.rouge("rouge2")),
     "rougeL": Metric("generate", texts.rouge("rougeL")),
-    "bleu": Metric("generate", texts.bleu, reward=texts.sentence_bleu),
+    "bleu": Metric("generate", texts.bleu, reward=texts.sentence_bleu, combine=texts.bleu_of_counts),
     "option_accuracy": Metric("generate", texts.option_accuracy, choices=True),
     "final_number": Metric("generate", numbers.final_number),
     "last_number": Metric("generate", numbers.last_number),
-    "pearson": Metric("generate", numbers.pearson, reward=numbers.closeness),
+    "pearson": Metric("generate", numbers.pearson, reward=numbers.closeness, combine=numbers.pearson_of_sums),
     "spearman": Metric("generate", numbers.spearman, reward=numbers.closeness),
     "acc": Metric("rank", ranking.acc, choices=True),
     "acc_norm": Metric("rank", ranking.acc_norm, choices=True),
-    "f1": Metric("rank", ranking.f1, reward=ranking.correct, choices=True),
-    "mcc": Metric("rank", ranking.mcc, reward=ranking.correct, choices=True),
+    "f1": Metric("rank", ranking.f1, reward=ranking.correct, choices=True, combine=ranking.f1_of_counts),
+    "mcc": Metric("rank", ranking.mcc, reward=ranking.correct, choices=True, combine=ranking.mcc_of_counts),
 }
 
 __all__ = ["METRICS", "Metric", "Score"]

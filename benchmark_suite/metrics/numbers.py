@@ -4,11 +4,14 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmark_suite.metrics.score import Score, mean
 
 if TYPE_CHECKING:
+    import numpy
+
     from benchmark_suite.task import Example
 
 #: What T5's evaluation (Raffel et al., arXiv:1910.10683) takes a text for that is no number.
@@ -43,7 +46,19 @@ def pearson(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
     """Pearson correlation of predicted and true numbers; 0 where one of them never varies."""
     from scipy.stats import pearsonr
 
-    return _correlation(pearsonr, predictions, examples)
+    score = _correlation(pearsonr, predictions, examples)
+    pairs = zip(map(number, predictions), (float(example.references[0]) for example in examples), strict=True)
+    return replace(score, per_example=tuple((1.0, x, y, x * x, y * y, x * y) for x, y in pairs))
+
+
+def pearson_of_sums(sums: "numpy.ndarray") -> "numpy.ndarray":
+    """Pearson correlation from the sums of 1, x, y, x², y² and xy."""
+    import numpy
+
+    count, x, y, xx, yy, xy = sums.T
+    spread = (count * xx - x * x) * (count * yy - y * y)
+    varies = spread > 1e-9 * count**4
+    return numpy.where(varies, (count * xy - x * y) / numpy.sqrt(numpy.where(varies, spread, 1.0)), 0.0)
 
 
 def spearman(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:

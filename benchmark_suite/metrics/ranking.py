@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from benchmark_suite.metrics.score import Score, mean
 
 if TYPE_CHECKING:
+    import numpy
+
     from benchmark_suite.task import Example
 
 Likelihoods = Sequence[float]
@@ -29,14 +31,41 @@ def f1(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> Sco
     from sklearn.metrics import f1_score
 
     gold, predicted = _labels(predictions, examples)
-    return Score(float(f1_score(gold, predicted, zero_division=0.0)), len(examples))
+    counts = tuple((float(g * p), float(g + p)) for g, p in zip(gold, predicted, strict=True))
+    return Score(float(f1_score(gold, predicted, zero_division=0.0)), len(examples), counts)
+
+
+def f1_of_counts(sums: "numpy.ndarray") -> "numpy.ndarray":
+    """F1 from how often both are 1, and how often each is, added."""
+    import numpy
+
+    both, each = sums.T
+    return 2 * both / numpy.maximum(each, 1)
 
 
 def mcc(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> Score:
     """Matthews correlation."""
     from sklearn.metrics import matthews_corrcoef
 
-    return Score(float(matthews_corrcoef(*_labels(predictions, examples))), len(examples))
+    gold, predicted = _labels(predictions, examples)
+    kinds = len(examples[0].choices)
+    counts = tuple(
+        tuple(float(cell == g * kinds + p) for cell in range(kinds * kinds))
+        for g, p in zip(gold, predicted, strict=True)
+    )
+    return Score(float(matthews_corrcoef(gold, predicted)), len(examples), counts)
+
+
+def mcc_of_counts(sums: "numpy.ndarray") -> "numpy.ndarray":
+    """Matthews correlation from a confusion matrix, row by row; 0 where one side never varies."""
+    import numpy
+
+    kinds = round(sums.shape[1] ** 0.5)
+    matrix = sums.reshape(-1, kinds, kinds)
+    count, right = matrix.sum((1, 2)), numpy.trace(matrix, axis1=1, axis2=2)
+    gold, predicted = matrix.sum(2), matrix.sum(1)
+    spread = (count**2 - (gold**2).sum(1)) * (count**2 - (predicted**2).sum(1))
+    return (right * count - (gold * predicted).sum(1)) / numpy.sqrt(numpy.where(spread > 0, spread, numpy.inf))
 
 
 def correct(prediction: Likelihoods, example: "Example") -> float:

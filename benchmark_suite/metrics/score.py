@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy
+
     from benchmark_suite.task import Example
 
 #: Predictions of a whole split, and its examples in the same order.
@@ -18,13 +20,14 @@ class Score:
     Args:
         value: over all examples.
         count: how many examples.
-        per_example: their values, of which ``value`` is the mean; None for metrics of a whole corpus, such as BLEU.
+        per_example: of every example its value, where ``value`` is their mean; or the numbers whose sums over examples
+            give ``value`` by the metric's ``combine``; None where there is neither.
         signature: how it was computed, where a library has settings that matter.
     """
 
     value: float
     count: int
-    per_example: tuple[float, ...] | None = None
+    per_example: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
     signature: str | None = None
 
 
@@ -38,12 +41,14 @@ class Metric:
         reward: prediction and example → a number that is higher for a better one, for metrics without values for
             single examples; None: the value itself.
         choices: whether it looks at an example's choices and label.
+        combine: sums over examples, (corpora, numbers per example) → the value for each corpus; None for a mean.
     """
 
     prediction: str
     compute: Compute
     reward: Callable[[Any, "Example"], float] | None = None
     choices: bool = False
+    combine: "Callable[[numpy.ndarray], numpy.ndarray] | None" = None
 
 
 def mean(per_example: Sequence[float], signature: str | None = None) -> Score:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from benchmark_suite.metrics.score import Compute, Score, mean
 
 if TYPE_CHECKING:
+    import numpy
+
     from benchmark_suite.task import Example
 
 
@@ -71,14 +73,36 @@ def bleu(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
     references = [[_at(example.references, number) for example in examples] for number in range(most)]
     scorer = BLEU()
     value = scorer.corpus_score(list(predictions), references).score
-    return Score(value, len(examples), signature=str(scorer.get_signature()))
+    single = [_sentence_bleu(*pair) for pair in zip(predictions, examples, strict=True)]
+    counts = tuple((*one.counts, *one.totals, one.sys_len, one.ref_len) for one in single)
+    return Score(value, len(examples), counts, str(scorer.get_signature()))
+
+
+def bleu_of_counts(sums: "numpy.ndarray") -> "numpy.ndarray":
+    """Corpus BLEU from matches and totals of 1- to 4-grams and the two lengths, each summed over sentences."""
+    import numpy
+    from sacrebleu.metrics import BLEU
+
+    def value(row: list[int]) -> float:
+        return BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score
+
+    return numpy.array([value(row) for row in sums.astype(int).tolist()])
 
 
 def sentence_bleu(prediction: str, example: "Example") -> float:
     """BLEU of a single sentence, smoothed as sacrebleu does, 0 to 100."""
+    return _sentence_bleu(prediction, example).score
+
+
+def _sentence_bleu(prediction: str, example: "Example"):
+    return _sentence_scorer().sentence_score(prediction, list(example.references))
+
+
+@cache
+def _sentence_scorer():
     from sacrebleu.metrics import BLEU
 
-    return BLEU(effective_order=True).sentence_score(prediction, list(example.references)).score
+    return BLEU(effective_order=True)
 
 
 def option_accuracy(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:

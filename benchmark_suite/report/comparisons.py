@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 
-from benchmark_suite.report.predictions import Unpaired, scores
+import numpy
+
+from benchmark_suite.report.predictions import Unpaired, scores, value
 from benchmark_suite.report.settings import Setting
 from benchmark_suite.report.significance import Bootstrap, bootstrap, holm, t_test
 
@@ -53,7 +56,8 @@ def _compare(setting: Setting, other: Setting) -> Comparison:
     values = [firsts[seed].test.value for seed in seeds], [seconds[seed].test.value for seed in seeds]
     resampled, why_not = None, ""
     try:
-        resampled = bootstrap(_differences([(scores(firsts[seed]), scores(seconds[seed])) for seed in seeds]))
+        sides = [scores(cell[seed]) for seed in seeds for cell in (firsts, seconds)]
+        resampled = bootstrap(_paired(sides), partial(_difference, setting.primary, len(sides)))
     except Unpaired as error:
         why_not = str(error)
     return Comparison(
@@ -70,11 +74,17 @@ def _compare(setting: Setting, other: Setting) -> Comparison:
     )
 
 
-def _differences(pairs: list[tuple[dict[str, float], dict[str, float]]]) -> list[float]:
-    """One difference per example: the mean over seeds, so that an example's seeds are not taken for independent."""
-    if not pairs:
+def _paired(sides: list[dict[str, numpy.ndarray]]) -> numpy.ndarray:
+    """One row per example with what it adds on every side; so an example's seeds are not taken for independent."""
+    if not sides:
         raise Unpaired("no seed in common")
-    examples = pairs[0][0].keys()
-    if not examples or any(side.keys() != examples for pair in pairs for side in pair):
+    examples = sides[0].keys()
+    if not examples or any(side.keys() != examples for side in sides):
         raise Unpaired("different test examples")
-    return [fmean(first[at] - second[at] for first, second in pairs) for at in examples]
+    return numpy.array([numpy.concatenate([side[at] for side in sides]) for at in examples])
+
+
+def _difference(metric: str, sides: int, sums: numpy.ndarray) -> numpy.ndarray:
+    """First side less second, third less fourth and so on: the mean over these seeds."""
+    values = [value(metric, side) for side in numpy.split(sums, sides, axis=1)]
+    return numpy.mean(values[::2], axis=0) - numpy.mean(values[1::2], axis=0)

@@ -1,9 +1,10 @@
-"""The scores of single test examples, which is what variants are compared by."""
+"""What single test examples add to a cell's score, which is what variants are compared by."""
 
 import json
-import math
-from statistics import fmean
 
+import numpy
+
+from benchmark_suite.metrics import METRICS
 from benchmark_suite.report.cells import Cell
 
 
@@ -11,18 +12,19 @@ class Unpaired(ValueError):
     """Why there are no scores of single examples to compare."""
 
 
-def scores(cell: Cell) -> dict[str, float]:
-    """The primary metric of every test example by its id, in the units of the cell's metric.
+def scores(cell: Cell) -> dict[str, numpy.ndarray]:
+    """What every test example, by its id, adds to the sums that ``value`` makes the primary metric of.
 
     Raises:
-        Unpaired: the file is missing or broken, or the metric is no mean over examples (BLEU, a correlation).
+        Unpaired: the file is missing or broken, or the metric knows no such sums (a rank correlation).
     """
-    found: dict[str, float] = {}
+    found: dict[str, numpy.ndarray] = {}
     try:
         with (cell.folder / "predictions.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 example = json.loads(line)
-                found[str(example["id"])] = float(example["scores"][cell.primary])
+                own = example["scores"][cell.primary]
+                found[str(example["id"])] = numpy.array(own if isinstance(own, list) else [own, 1.0], dtype=float)
     except KeyError as error:
         raise Unpaired(f"no {error} per example") from None
     except FileNotFoundError:
@@ -31,12 +33,12 @@ def scores(cell: Cell) -> dict[str, float]:
         raise Unpaired("broken predictions") from None
     if len(found) != cell.test.count:
         raise Unpaired(f"{len(found)} predictions for {cell.test.count} examples")
-    scale = _scale(fmean(found.values()) if found else math.nan, cell.test.value)
-    return {at: scale * score for at, score in found.items()}
+    if not numpy.isclose(value(cell.primary, sum(found.values())[None])[0], cell.test.value, rtol=1e-6, atol=1e-9):
+        raise Unpaired("examples and score disagree")
+    return found
 
 
-def _scale(mean: float, value: float) -> float:
-    for scale in (1.0, 100.0):  # metrics are given as fractions or in percent, to two decimals at least
-        if math.isclose(scale * mean, value, rel_tol=1e-6, abs_tol=0.00501 * scale / 100):
-            return scale
-    raise Unpaired("not a mean over examples")
+def value(metric: str, sums: numpy.ndarray) -> numpy.ndarray:
+    """A metric of several corpora from their sums over examples, (corpora, numbers per example)."""
+    combine = METRICS[metric].combine if metric in METRICS else None
+    return combine(sums) if combine else sums[:, 0] / sums[:, 1]

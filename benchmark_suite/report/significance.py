@@ -1,6 +1,6 @@
 """Whether two variants differ by more than chance: paired bootstrap over examples, paired t-test over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -13,7 +13,7 @@ BLOCK = 500
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """The mean difference over ``examples``, its 95 % interval and a two-sided p-value."""
+    """The difference over ``examples``, its 95 % interval and a two-sided p-value."""
 
     difference: float
     low: float
@@ -22,25 +22,29 @@ class Bootstrap:
     examples: int
 
 
-def bootstrap(differences: Sequence[float]) -> Bootstrap:
-    """Resample paired differences, one per example, 10,000 times with a fixed seed.
+def bootstrap(examples: numpy.ndarray, difference: Callable[[numpy.ndarray], numpy.ndarray]) -> Bootstrap:
+    """Resample examples 10,000 times with a fixed seed.
 
-    p is the share of resamples whose mean strays from the observed one by at least as much as that strays from 0,
-    with one added to both counts so that it is never 0.
+    p is the share of resamples whose difference strays from the observed one by at least as much as that strays
+    from 0, with one added to both counts so that it is never 0.
+
+    Args:
+        examples: (examples, numbers): what each adds to the sums that make the scores of both sides.
+        difference: (resamples, numbers), such sums → the difference of the two scores in each resample.
     """
-    # A resample's mean depends only on how often each distinct value was drawn, so drawing those counts is exact
-    # and for 0/1 scores takes three numbers in place of one per example.
-    values, counts = numpy.unique(numpy.asarray(differences, dtype=float), return_counts=True)
-    examples = int(counts.sum())
-    observed = float(values @ counts) / examples
+    # A resample's sums depend only on how often each distinct row was drawn, so drawing those counts is exact and for
+    # 0/1 scores takes four numbers in place of one per example.
+    rows, counts = numpy.unique(numpy.asarray(examples, dtype=float), axis=0, return_counts=True)
+    number = int(counts.sum())
+    observed = float(difference((counts @ rows)[None])[0])
     generator = numpy.random.default_rng(SEED)
-    draws = (generator.multinomial(examples, counts / examples, size=BLOCK) for _ in range(RESAMPLES // BLOCK))
-    means = numpy.concatenate([draw @ values for draw in draws]) / examples
+    draws = (generator.multinomial(number, counts / number, size=BLOCK) for _ in range(RESAMPLES // BLOCK))
+    found = numpy.concatenate([difference(draw @ rows) for draw in draws])
     # Sums of the same numbers in another order differ by rounding; that must not decide a tie.
-    tolerance = 1e-12 * max(1.0, float(numpy.abs(values).max()))
-    extreme = int((numpy.abs(means - observed) >= abs(observed) - tolerance).sum())
-    low, high = numpy.quantile(means, [0.025, 0.975])
-    return Bootstrap(observed, float(low), float(high), (extreme + 1) / (RESAMPLES + 1), examples)
+    tolerance = 1e-12 * max(1.0, float(numpy.abs(found).max()))
+    extreme = int((numpy.abs(found - observed) >= abs(observed) - tolerance).sum())
+    low, high = numpy.quantile(found, [0.025, 0.975])
+    return Bootstrap(observed, float(low), float(high), (extreme + 1) / (RESAMPLES + 1), number)
 
 
 def t_test(first: Sequence[float], second: Sequence[float]) -> float | None:

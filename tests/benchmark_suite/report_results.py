@@ -5,7 +5,10 @@ from pathlib import Path
 
 
 def write(folder: Path, scores=(), **fields) -> Path:
-    """One cell; ``scores`` are those of its test examples, 0 to 1, and make its metric (in percent) unless given."""
+    """One cell; ``scores`` are those of its test examples, 0 to 1, and make its metric (in percent) unless given.
+
+    Lists among them are what a metric of a whole corpus adds up.
+    """
     scores = list(scores)
     cell = {
         "cell": folder.name,
@@ -34,13 +37,14 @@ def write(folder: Path, scores=(), **fields) -> Path:
         "base": "tiny.nemo",
         "base_sha256": "b" * 64,
     } | fields
-    if scores:
-        cell.setdefault("metrics", {cell["primary"]: metric(100 * sum(scores) / len(scores), len(scores))})
+    if scores and "metrics" not in cell:
+        cell["metrics"] = {cell["primary"]: metric(100 * sum(scores) / len(scores), len(scores))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(cell), encoding="utf-8")
+    each = [score if isinstance(score, list) else 100 * score for score in scores]
     lines = [
         {"id": at, "prediction": "1", "target": "1", "scores": {cell["primary"]: score}}
-        for at, score in enumerate(scores)
+        for at, score in enumerate(each)
     ]
     (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
