@@ -29,6 +29,15 @@ def location(spec: TaskSpec, split: str, data_root: Path | None) -> str:
     return f"Hugging Face: {source.path}{config}, {source.splits[split]}"
 
 
+def has(spec: TaskSpec, split: str, data_root: Path | None) -> bool:
+    """Whether a split has a file, where it has to have one."""
+    try:
+        location(spec, split, data_root)
+    except UsageError:
+        return False
+    return True
+
+
 def rows(spec: TaskSpec, split: str, data_root: Path | None, limit: int | None) -> list[Row]:
     """The rows of a split, the first ``limit`` of them.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmark_suite import sources
 from benchmark_suite.metrics import METRICS, Score
-from benchmark_suite.task_spec import DELIMITER, TaskSpec
+from benchmark_suite.task_spec import DELIMITER, SPLITS, TaskSpec
 from benchmark_suite.templates import evaluate, mentions, render
 from nemo_tiedlora.errors import UsageError, check_choice
 
@@ -79,6 +79,12 @@ class Task:
             self._examples[split] = [self._example(row, split, number) for number, row in enumerate(found)]
         return self._examples[split]
 
+    @property
+    def tests(self) -> list[str]:
+        """The splits to test on, ``test`` first. A data root need not have the others."""
+        further = [split for split in self.spec.source.splits if split not in SPLITS]
+        return ["test", *(split for split in further if sources.has(self.spec, split, self.data_root))]
+
     def check(self) -> None:
         """Read all that training needs, so that bad data are found before it starts.
 
@@ -88,7 +94,8 @@ class Task:
         for split in self.spec.source.splits:
             if split in ("train", "validation"):
                 self.examples(split)
-        sources.location(self.spec, "test", self.data_root)
+        for split in self.tests:
+            sources.location(self.spec, split, self.data_root)
 
     def score(self, predictions: Sequence[Prediction], split: str = "validation") -> dict[str, Score]:
         """Every metric of the task, the primary one first.

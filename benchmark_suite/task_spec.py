@@ -10,7 +10,7 @@ from benchmark_suite.templates import check_expression, check_template
 from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 
-#: The splits that every task has. Others may be declared, such as ``test_mismatched``.
+#: The splits that every task has. More to test on may be declared, with names such as ``test_mismatched``.
 SPLITS = ("train", "validation", "test")
 #: What stands between a prompt and what follows it, as in lm-evaluation-harness and NeMo's ``{input} {output}``.
 DELIMITER = " "
@@ -55,6 +55,8 @@ class Source:
             if split not in self.splits:
                 raise UsageError("splits", self.splits, f"has no {split!r}")
         for split, name in self.splits.items():
+            if split not in SPLITS and not split.startswith("test_"):
+                raise UsageError(f"splits.{split}", name, f"a further split to test on begins with test_: test_{split}")
             check = check_whole if self.generated else check_text
             check(f"splits.{split}", name)
 

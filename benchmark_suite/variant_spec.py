@@ -16,13 +16,14 @@ SCHEMES: dict[str, tuple[str | None, str | None]] = {
     "dyna_lora": ("dyna_lora_tuning", "rank"),
     "lora": ("lora_tuning", "adapter_dim"),
     "adapter": ("adapter_tuning", "adapter_dim"),
+    "parallel_adapter": ("adapter_tuning", "adapter_dim"),
     "ia3": ("ia3_tuning", None),
     "ptuning": ("p_tuning", "virtual_tokens"),
     "selective": ("selective_tuning", None),
     "none": (None, None),
 }
-#: NeMo's own schemes, whose settings NeMo checks.
-STOCK = ("lora", "adapter", "ia3", "ptuning", "selective", "none")
+#: Baselines, whose settings NeMo checks.
+STOCK = ("lora", "adapter", "parallel_adapter", "ia3", "ptuning", "selective", "none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ METRICS: dict[str, Metric] = {
     "rouge1": Metric("generate", texts.rouge("rouge1")),
     "rouge2": Metric("generate", texts.rouge("rouge2")),
     "rougeL": Metric("generate", texts.rouge("rougeL")),
-    "bleu": Metric("generate", texts.bleu, reward=texts.sentence_bleu, combine=texts.bleu_of_counts),
+    "bleu": Metric("generate", texts.bleu, scale=1.0, reward=texts.sentence_bleu, combine=texts.bleu_of_counts),
     "option_accuracy": Metric("generate", texts.option_accuracy, choices=True),
     "final_number": Metric("generate", numbers.final_number),
     "last_number": Metric("generate", numbers.last_number),

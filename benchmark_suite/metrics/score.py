@@ -40,6 +40,7 @@ class Metric:
         compute: predictions and examples → ``Score``.
         reward: prediction and example → a number that is higher for a better one, for metrics without values for
             single examples; None: the value itself.
+        scale: what a value is multiplied by in tables: 100 prints fractions and correlations as papers do.
         choices: whether it looks at an example's choices and label.
         combine: sums over examples, (corpora, numbers per example) → the value for each corpus; None for a mean.
     """
@@ -47,6 +48,7 @@ class Metric:
     prediction: str
     compute: Compute
     reward: Callable[[Any, "Example"], float] | None = None
+    scale: float = 100.0
     choices: bool = False
     combine: "Callable[[numpy.ndarray], numpy.ndarray] | None" = None
 

@@ -11,9 +11,11 @@ from nemo_tiedlora.errors import UsageError
 NUMBER = (int, float)
 TEXT = (str,)
 #: What a result must hold, and of which type.
-REQUIRED = {"cell": TEXT, "task": TEXT, "variant": TEXT, "rank": (int,), "seed": (int,), "status": TEXT}
+REQUIRED = {"cell": TEXT, "task": TEXT, "variant": TEXT, "seed": (int,), "status": TEXT}
+STATES = ("trained", "done", "failed")
 #: What it may hold; null is as good as absent.
 OPTIONAL = {
+    "rank": (int,),
     "lr": NUMBER,
     "primary": TEXT,
     "metrics": (dict,),
@@ -37,24 +39,25 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Metric:
-    """A score over ``count`` examples."""
+    """A score over ``count`` examples, as it is printed: ``scale`` times what was recorded."""
 
     value: float
     count: int
     higher_is_better: bool
+    scale: float
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a task, a variant, a rank, a seed and a learning rate."""
+    """One run: a task, a variant, a rank (None where a variant has none), a seed and a learning rate."""
 
     folder: Path
     cell: str
     task: str
     variant: str
-    rank: int
     seed: int
     status: str
+    rank: int | None = None
     lr: float | None = None
     primary: str | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -130,8 +133,8 @@ def _cell(path: Path) -> Cell:
     for name, types in OPTIONAL.items():
         if raw.get(name) is not None:
             known[name] = _checked(name, raw[name], types)
-    if known["status"] not in ("done", "failed"):
-        raise ValueError(f"status={known['status']!r}: neither done nor failed")
+    if known["status"] not in STATES:
+        raise ValueError(f"status={known['status']!r}: none of {', '.join(STATES)}")
     for name in ("metrics", "validation"):
         known[name] = {key: _metric(f"{name}.{key}", value) for key, value in known.get(name, {}).items()}
     cell = Cell(folder=path.parent, **known)
@@ -145,10 +148,12 @@ def _cell(path: Path) -> Cell:
 def _metric(name: str, raw: object) -> Metric:
     if not isinstance(raw, dict):
         raise ValueError(f"{name}: not an object")
+    scale = _checked(f"{name}.scale", raw.get("scale", 1.0), NUMBER)
     return Metric(
-        _checked(f"{name}.value", raw.get("value"), NUMBER),
+        scale * _checked(f"{name}.value", raw.get("value"), NUMBER),
         _checked(f"{name}.count", raw.get("count"), (int,)),
         _checked(f"{name}.higher_is_better", raw.get("higher_is_better"), (bool,)),
+        scale,
     )
 
 

@@ -22,8 +22,8 @@ class Comparison:
     task: str
     metric: str
     variant: str
-    rank: int
-    other_rank: int
+    rank: int | None
+    other_rank: int | None
     seeds: tuple[int, ...]
     difference: float | None
     bootstrap: Bootstrap | None
@@ -57,7 +57,7 @@ def _compare(setting: Setting, other: Setting) -> Comparison:
     resampled, why_not = None, ""
     try:
         sides = [scores(cell[seed]) for seed in seeds for cell in (firsts, seconds)]
-        resampled = bootstrap(_paired(sides), partial(_difference, setting.primary, len(sides)))
+        resampled = bootstrap(_paired(sides), partial(_difference, setting, len(sides)))
     except Unpaired as error:
         why_not = str(error)
     return Comparison(
@@ -84,7 +84,7 @@ def _paired(sides: list[dict[str, numpy.ndarray]]) -> numpy.ndarray:
     return numpy.array([numpy.concatenate([side[at] for side in sides]) for at in examples])
 
 
-def _difference(metric: str, sides: int, sums: numpy.ndarray) -> numpy.ndarray:
+def _difference(setting: Setting, sides: int, sums: numpy.ndarray) -> numpy.ndarray:
     """First side less second, third less fourth and so on: the mean over these seeds."""
-    values = [value(metric, side) for side in numpy.split(sums, sides, axis=1)]
-    return numpy.mean(values[::2], axis=0) - numpy.mean(values[1::2], axis=0)
+    values = [value(setting.primary, side) for side in numpy.split(sums, sides, axis=1)]
+    return setting.scale * (numpy.mean(values[::2], axis=0) - numpy.mean(values[1::2], axis=0))

@@ -34,7 +34,7 @@ def galleries(section: Section, cost: Table | None) -> list[Gallery]:
         ),
         Gallery(
             "Score against rank",
-            "Mean over seeds; the bars are one standard deviation.",
+            "Mean over seeds; the bars are one standard deviation. A line without points is a variant without a rank.",
             [_rank(section, task) for task in section.tasks] + _average(section),
         ),
         Gallery(
@@ -74,7 +74,10 @@ def _rank(section: Section, task: str) -> Plot:
             points = section.ranks(task, variant)
             means, spread = [at.score.mean for at in points], [at.score.std or 0 for at in points]
             ranks = [at.rank for at in points]
-            axes.errorbar(ranks, means, spread, lw=1.4, elinewidth=0.8, **_style(section, variant))
+            if None in ranks:
+                _level(axes, section, variant, means[0])
+            else:
+                axes.errorbar(ranks, means, spread, lw=1.4, elinewidth=0.8, **_style(section, variant))
         axes.set(ylabel=primary)
         _rank_axis(axes, section)
 
@@ -88,12 +91,16 @@ def _average(section: Section) -> list[Plot]:
 
     def paint(axes) -> None:
         for variant in section.variants:
-            scores: dict[int, list[float]] = {}
+            scores: dict[int | None, list[float]] = {}
             for at in section.settings:
                 if at.variant == variant:
                     scores.setdefault(at.rank, []).append(at.score.mean)
-            means = {rank: fmean(of) for rank, of in sorted(scores.items()) if len(of) == len(section.tasks)}
-            axes.plot(list(means), list(means.values()), lw=1.4, **_style(section, variant))
+            means = {rank: fmean(of) for rank, of in scores.items() if len(of) == len(section.tasks)}
+            if None in means:
+                _level(axes, section, variant, means[None])
+            else:
+                ranks = sorted(means)
+                axes.plot(ranks, [means[rank] for rank in ranks], lw=1.4, **_style(section, variant))
         axes.set(ylabel="mean score")
         _rank_axis(axes, section)
 
@@ -119,11 +126,15 @@ def _bars(section: Section, cost: Table, key: str, title: str) -> Plot | None:
 
 
 def _rank_axis(axes, section: Section) -> None:
-    ranks = sorted({at.rank for at in section.settings})
+    ranks = sorted({at.rank for at in section.settings if at.rank is not None})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.set(xlabel="rank r")
+
+
+def _level(axes, section: Section, variant: str, score: float) -> None:
+    axes.axhline(score, lw=1.4, ls="-.", color=series(section.variants.index(variant)))
 
 
 def _style(section: Section, variant: str) -> dict[str, object]:

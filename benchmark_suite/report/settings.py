@@ -23,12 +23,21 @@ class Setting:
 
     task: str
     variant: str
-    rank: int
+    rank: int | None
     cells: tuple[Cell, ...]
 
     @property
     def score(self) -> Score:
-        return self._score([cell.test.value for cell in self.cells])
+        return self.metric(self.primary)
+
+    @property
+    def metrics(self) -> list[str]:
+        """What was measured on test examples for every seed, the primary one first."""
+        return [name for name in self.cells[0].metrics if all(name in cell.metrics for cell in self.cells)]
+
+    def metric(self, name: str) -> Score:
+        """One of ``metrics``."""
+        return self._score([cell.metrics[name].value for cell in self.cells])
 
     @property
     def validation(self) -> Score | None:
@@ -40,6 +49,10 @@ class Setting:
     @property
     def primary(self) -> str:
         return self.cells[0].primary
+
+    @property
+    def scale(self) -> float:
+        return self.cells[0].test.scale
 
     @property
     def higher_is_better(self) -> bool:
@@ -61,7 +74,7 @@ class Setting:
 
 def settings(cells: Iterable[Cell]) -> tuple[list[Setting], list[Broken]]:
     """Group evaluated cells by (task, variant, rank); a second cell for the same seed is left out and said so."""
-    grouped: dict[tuple[str, str, int], dict[int, Cell]] = defaultdict(dict)
+    grouped: dict[tuple[str, str, int | None], dict[int, Cell]] = defaultdict(dict)
     doubles = []
     for cell in cells:
         seeds = grouped[cell.task, cell.variant, cell.rank]
@@ -71,7 +84,8 @@ def settings(cells: Iterable[Cell]) -> tuple[list[Setting], list[Broken]]:
         else:
             seeds[cell.seed] = cell
     return [
-        Setting(*key, tuple(seeds[seed] for seed in sorted(seeds))) for key, seeds in sorted(grouped.items())
+        Setting(*key, tuple(grouped[key][seed] for seed in sorted(grouped[key])))
+        for key in sorted(grouped, key=lambda key: (*key[:2], key[2] or 0))
     ], doubles
 
 

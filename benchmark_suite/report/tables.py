@@ -13,7 +13,8 @@ from benchmark_suite.report.table import Column, Entry, Table, words
 
 def tables(section: Section) -> list[Table]:
     """All of them, in the order they are read."""
-    found = [scores(section), same_rank(section), reported(section), significance(section), cost(section)]
+    found = [scores(section), same_rank(section), reported(section), metrics(section)]
+    found += [significance(section), cost(section)]
     return [table for table in [*found, every_setting(section), tasks(section)] if table.rows]
 
 
@@ -45,11 +46,13 @@ def same_rank(section: Section) -> Table:
         for task in section.tasks:
             other = section.reported.get((task, section.against))
             for at in section.ranks(task, variant):
-                if other and at.rank == other.rank:
+                if other and at.rank in (other.rank, None):
                     row[task] = _entry(section, at)
         if len(row) > 1:
             rows.append(row)
-    note = f"As above, with every variant at the rank r that is best for {section.against} on the task. "
+    note = (
+        f"As above, with every variant that has a rank at the rank r that is best for {section.against} on the task. "
+    )
     return _by_task(section, "same_rank", f"Scores at {section.against}'s best rank", note, rows)
 
 
@@ -90,6 +93,36 @@ def reported(section: Section) -> Table:
     ]
     note = f"P% is the share of the trainable parameters of the best {section.against} on the task."
     return Table("best", "Best rank, by task and variant", note, columns, rows)
+
+
+def metrics(section: Section) -> Table:
+    """Tasks with several metrics, or several splits to test on."""
+    rows = [
+        {
+            "task": task,
+            "metric": name,
+            "variant": variant,
+            "score": at.metric(name).mean,
+            "std": at.metric(name).std,
+            "rank": at.rank,
+            "examples": at.cells[0].metrics[name].count,
+        }
+        for (task, variant), at in section.reported.items()
+        if len(at.metrics) > 1
+        for name in at.metrics
+    ]
+    columns = [
+        words("task", "Task"),
+        words("metric", "Metric"),
+        words("variant", "Variant"),
+        Column("score", "Score", numbers.score),
+        Column("std", "± std", numbers.score),
+        Column("rank", "Best r"),
+        Column("examples", "Examples", numbers.count),
+    ]
+    rows.sort(key=lambda row: (row["task"], row["metric"], section.variants.index(row["variant"])))
+    note = "Each variant at its best rank, which the task's first metric chose."
+    return Table("metrics", "Every metric of tasks with several", note, columns, rows)
 
 
 def significance(section: Section) -> Table:
@@ -134,7 +167,7 @@ def significance(section: Section) -> Table:
     tested = [sum(row[name] is not None for row in rows) for name in ("bootstrap_p", "t_test_p")]
     note = (
         f"Each variant at its best rank less {section.against} at its own, over the seeds both have. Paired bootstrap "
-        f"over test examples ({RESAMPLES:,} resamples, generator seed {SEED}; an example's score is its mean over "
+        f"over test examples ({RESAMPLES:,} resamples, generator seed {SEED}; of each the metric, its mean over "
         f"seeds) and paired t-test over seeds, both two-sided, each Holm-corrected for all its tests here "
         f"({tested[0]} and {tested[1]})."
     )
@@ -167,8 +200,8 @@ def cost(section: Section) -> Table:
         Column("seconds", "Run time", numbers.times),
     ]
     note = (
-        f"Relative to {section.against} at the same task and rank: the geometric mean over the pairs both have. "
-        "Means are over the same pairs."
+        f"Relative to {section.against} at the same task and rank (its best where a variant has none): the geometric "
+        "mean over the pairs both have. Means are over the same pairs."
     )
     return Table("cost", f"Cost beside {section.against}", note, columns, rows)
 
@@ -240,7 +273,7 @@ def tasks(section: Section) -> Table:
                 "metric": " / ".join(sorted({cell.primary for cell in cells})),
                 "examples": " / ".join(str(count) for count in sorted({cell.test.count for cell in cells})),
                 "variants": len({cell.variant for cell in cells}),
-                "ranks": sorted({cell.rank for cell in cells}),
+                "ranks": sorted({cell.rank for cell in cells if cell.rank is not None}),
                 "seeds": sorted({cell.seed for cell in cells}),
                 "cells": len(cells),
                 "data_sha256": " / ".join(sorted({cell.data_sha256 or "not recorded" for cell in cells})),
@@ -296,8 +329,12 @@ def _metric(section: Section, task: str) -> str:
 def _pairs(section: Section, variant: str) -> Iterator[tuple[Setting, Setting]]:
     others = {(at.task, at.rank): at for at in section.settings if at.variant == section.against}
     for at in section.settings:
-        if at.variant == variant and (at.task, at.rank) in others:
-            yield at, others[at.task, at.rank]
+        if at.variant == variant:
+            same_rank = others.get((at.task, at.rank))
+            best = section.reported.get((at.task, section.against))
+            other = same_rank or (best if best and None in (at.rank, best.rank) else None)
+            if other:
+                yield at, other
 
 
 def _ratio(pairs: list[tuple[Setting, Setting]], name: str) -> float | None:

@@ -22,6 +22,7 @@ class Cell:
         base_sha256: of the base's file.
         data_sha256: of the training and validation examples. The test split is not among them: it is not read until a
             cell has won.
+        precision: ``32`` or ``bf16``.
         limit: at most this many examples of each split; None: all.
     """
 
@@ -32,6 +33,7 @@ class Cell:
     lr: float
     base_sha256: str
     data_sha256: str
+    precision: str = "32"
     limit: int | None = None
 
     @property

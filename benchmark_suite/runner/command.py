@@ -1,6 +1,7 @@
 """The ``run`` and ``sweep`` commands."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,20 @@ Results = Annotated[Path, typer.Option("--results", help="Folder for results; wh
 Limit = Annotated[int | None, typer.Option(help="Examples of each split, at most.", min=1)]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps, at most, in place of the task's.", min=1)]
 Length = Annotated[int | None, typer.Option(help="Tokens of a row, in place of the task's.", min=2)]
+Part = Annotated[
+    str | None, typer.Option(help="Run the I-th of N parts, as I/N: one process for each, such as a GPU each.")
+]
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
+
+
+class Precision(StrEnum):
+    """Of the base in memory."""
+
+    full = "32"
+    bf16 = "bf16"
+
+
+Precise = Annotated[Precision, typer.Option(help="Of weights and activations.")]
 
 
 def run(
@@ -35,6 +49,7 @@ def run(
     limit: Limit = None,
     steps: Steps = None,
     max_seq_length: Length = None,
+    precision: Precise = Precision.full,
     results: Results = Path("results"),
     retry_failed: Retry = False,
     as_json: AsJson = False,
@@ -42,8 +57,8 @@ def run(
     """Train one variant on one task and evaluate it."""
     ranks, rates = ([rank] if rank else None), ([lr] if lr else None)
     _sweep(
-        [task], [variant], ranks, [seed], rates, base, data_root, tasks_path, limit, steps, max_seq_length, results,
-        retry_failed, as_json,
+        [task], [variant], ranks, [seed], rates, base, data_root, tasks_path, limit, steps, max_seq_length,
+        precision, None, results, retry_failed, as_json,
     )  # fmt: skip
 
 
@@ -59,6 +74,8 @@ def sweep(
     limit: Limit = None,
     steps: Steps = None,
     max_seq_length: Length = None,
+    precision: Precise = Precision.full,
+    part: Part = None,
     results: Results = Path("results"),
     retry_failed: Retry = False,
     as_json: AsJson = False,
@@ -66,21 +83,21 @@ def sweep(
     """Cross tasks with variants. Stopped at any moment, the same command goes on where it was."""
     _sweep(
         tasks.split(","), variants.split(","), ranks and _numbers("ranks", ranks, int), _numbers("seeds", seeds, int),
-        lrs and _numbers("lrs", lrs, float), base, data_root, tasks_path, limit, steps, max_seq_length, results,
-        retry_failed, as_json,
+        lrs and _numbers("lrs", lrs, float), base, data_root, tasks_path, limit, steps, max_seq_length,
+        precision, part, results, retry_failed, as_json,
     )  # fmt: skip
 
 
 def _sweep(
-    tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, limit, steps, max_seq_length, results,
-    retry_failed, as_json,
+    tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, limit, steps, max_seq_length,
+    precision, part, results, retry_failed, as_json,
 ):  # fmt: skip
     from benchmark_suite import registry
     from benchmark_suite.runner import sweep as sweeping
     from benchmark_suite.runner.runner import Runner
     from nemo_tiedlora.console import show
     from nemo_tiedlora.embedded import base as embedded_base
-    from nemo_tiedlora.nemo.inputs import check_output, nemo_config
+    from nemo_tiedlora.nemo.inputs import check_output
     from nemo_tiedlora.platform.threads import use_one_thread, wait_passively
 
     wait_passively()
@@ -88,14 +105,14 @@ def _sweep(
         registry.register_folder(folder)
     chosen = sweeping.variants_named(variants)
     with_data = sweeping.tasks_named(tasks, data_root, limit, steps=steps, max_seq_length=max_seq_length)
-    if base:
-        nemo_config(base, "base")
-    else:
+    if not base:
         use_one_thread()
     check_output(results, "results")
     base = base or embedded_base.base()
-    cells = sweeping.matrix(with_data, chosen, base, ranks, seeds, rates, limit)
-    with Runner(base, results, with_data) as runner:
+    cells = sweeping.matrix(with_data, chosen, base, ranks, seeds, rates, limit, str(precision))
+    if part:
+        cells = sweeping.part_of(cells, part)
+    with Runner(base, results, with_data, str(precision)) as runner:
         found = sweeping.sweep(runner, cells, retry_failed)
     if as_json:
         show({"results": found}, True)
@@ -105,15 +122,15 @@ def _sweep(
         sys.exit(1)
 
 
-def _print(found: list[dict], results: Path) -> None:
+def _print(ended: list[dict], results: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("task", "variant", "rank", "seed", "lr", "validation", "test", "trainable", "seconds")
-    for result in found:
+    for result in ended:
         name = result["primary"]
-        told = {split: (result.get(split) or {}).get(name, {}).get("value") for split in ("validation", "metrics")}
-        shown = ["" if value is None else f"{name} {value:.4g}" for value in told.values()]
+        found = [(result.get(split) or {}).get(name) for split in ("validation", "metrics")]
+        shown = [f"{name} {each['scale'] * each['value']:.2f}" if each else "" for each in found]
         if result["status"] == "failed":
             shown = ["failed", result["error"]]
         row = [result["task"], result["variant"], result["rank"], result["seed"], f"{result['lr']:g}", *shown]

@@ -3,14 +3,14 @@
 import json
 import shutil
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmark_suite.metrics import Score
+from benchmark_suite.metrics import METRICS, Score
 from benchmark_suite.runner.cell import Cell, read
+from benchmark_suite.runner.log import LOG, logged
 from benchmark_suite.runner.memory import PeakMemory
 from benchmark_suite.task import Prediction, Task
 from benchmark_suite.variant_spec import STOCK
@@ -31,10 +31,11 @@ class Runner:
         base: a base model, ``.nemo``.
         results: folder with one folder per cell.
         tasks: the tasks in use, by id, with their data.
+        precision: of the base in memory, and so of all cells.
     """
 
-    def __init__(self, base: Path, results: Path, tasks: dict[str, Task]):
-        self.base, self.results, self.tasks = base, results, tasks
+    def __init__(self, base: Path, results: Path, tasks: dict[str, Task], precision: str = "32"):
+        self.base, self.results, self.tasks, self.precision = base, results, tasks, precision
         self._bench = None
         self._context = None
 
@@ -51,7 +52,7 @@ class Runner:
         if self._bench is None:
             from nemo_tiedlora.nemo.workbench import workbench
 
-            self._context = workbench(self.base)
+            self._context = workbench(self.base, self.precision)
             self._bench = self._context.__enter__()
         return self._bench
 
@@ -70,7 +71,9 @@ class Runner:
             folder, started = cell.folder(self.results), time.perf_counter()
             with bench.trained(self._job(cell), progress=progress) as trained:
                 predictions = self._predictions(trained, cell, "validation")
-                result["validation"] = _values(self._scores(cell, predictions, "validation"))
+                scores = self._scores(cell, predictions, "validation")
+                result["validation"] = _values(scores)
+                LOG.info("validation: %s", _told(scores))
                 trained.save(folder / "adapter.nemo")
                 _save_weights(folder / "weights.safetensors", trained.trainable)
                 facts = trained.facts
@@ -98,10 +101,15 @@ class Runner:
         with self._recorded(cell) as result:
             weights = load_file(folder / "weights.safetensors")
             with self.bench.trained(self._job(cell), weights) as trained:
-                predictions = self._predictions(trained, cell, "test")
-            scores = self._scores(cell, predictions, "test")
-            result["metrics"] = _values(scores)
-            self._write_predictions(cell, predictions, scores)
+                predictions = {
+                    split: self._predictions(trained, cell, split) for split in self.tasks[cell.task.id].tests
+                }
+            result["metrics"] = {}
+            for split, found in predictions.items():
+                scores = self._scores(cell, found, split)
+                result["metrics"] |= _values(scores, split.removeprefix("test"))
+                self._write_predictions(cell, found, scores, split)
+                LOG.info("%s: %s", split, _told(scores))
             result |= {"status": "done", "selected": True}
         self._write(cell, result)
         if result["status"] == "done":
@@ -136,11 +144,16 @@ class Runner:
         started = read(folder / "started.json") or {"attempts": 0}
         write_text(folder / "started.json", json.dumps({"attempts": started["attempts"] + 1}))
         try:
-            yield result
+            with logged(folder / "log.txt"):
+                LOG.info("%s, %s, %s", cell.task.id, cell.variant.name, cell.name)
+                try:
+                    yield result
+                except Exception:
+                    LOG.exception("failed")
+                    raise
         except Exception as error:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             result |= {"status": "failed", "error": message}
-            write_text(folder / "log.txt", traceback.format_exc())
             self._write(cell, result)
         else:
             (folder / "started.json").unlink()
@@ -160,6 +173,7 @@ class Runner:
             "settings": cell.variant.settings_at(cell.rank),
             "recipe": cell.task.to_dict()["recipe"],
             "limit": cell.limit,
+            "precision": cell.precision,
             "base": self.base.name,
             "base_sha256": cell.base_sha256,
             "data_sha256": cell.data_sha256,
@@ -211,14 +225,17 @@ class Runner:
     def _scores(self, cell: Cell, predictions: list[Prediction], split: str) -> dict[str, Score]:
         return self.tasks[cell.task.id].score(predictions, split)
 
-    def _write_predictions(self, cell: Cell, predictions: list[Prediction], scores: dict[str, Score]) -> None:
-        examples = self.tasks[cell.task.id].examples("test")
+    def _write_predictions(
+        self, cell: Cell, predictions: list[Prediction], scores: dict[str, Score], split: str
+    ) -> None:
+        examples = self.tasks[cell.task.id].examples(split)
         lines = []
         for number, (example, prediction) in enumerate(zip(examples, predictions, strict=True)):
             single = {name: score.per_example[number] for name, score in scores.items() if score.per_example}
             row = {"id": example.id, "prediction": prediction, "target": example.target, "scores": single}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_text(cell.folder(self.results) / "predictions.jsonl", "".join(lines))
+        name = f"predictions{split.removeprefix('test')}.jsonl"
+        write_text(cell.folder(self.results) / name, "".join(lines))
 
     def _sizes(self, cell: Cell, trainable: int) -> dict[str, Any]:
         """Share of the parameters of LoRA on the same layers at the same rank; of QKV at rank 8 if there is none."""
@@ -236,11 +253,21 @@ class Runner:
         write_text(cell.folder(self.results) / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def _values(scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
+def _values(scores: dict[str, Score], suffix: str = "") -> dict[str, dict[str, Any]]:
     return {
-        name: {"value": score.value, "count": score.count, "higher_is_better": True, "signature": score.signature}
+        f"{name}{suffix}": {
+            "value": score.value,
+            "count": score.count,
+            "scale": METRICS[name].scale,
+            "higher_is_better": True,
+            "signature": score.signature,
+        }
         for name, score in scores.items()
     }
+
+
+def _told(scores: dict[str, Score]) -> str:
+    return ", ".join(f"{name} {METRICS[name].scale * score.value:.2f}" for name, score in scores.items())
 
 
 def _stopped(text: str, stops: list[str]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,6 +15,9 @@ from benchmark_suite.task import Task
 from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import sha256_of
+from nemo_tiedlora.nemo.inputs import nemo_config
+from nemo_tiedlora.nemo.sizes import check_fit
+from nemo_tiedlora.variants import SCHEMES, config_for
 
 
 def matrix(
@@ -24,26 +28,41 @@ def matrix(
     seeds: Sequence[int],
     rates: Sequence[float] | None,
     limit: int | None,
+    precision: str = "32",
 ) -> list[Cell]:
     """Every cell, tasks first.
 
     Args:
         ranks: None takes each variant's first. rates: None takes the task's candidates for the variant.
+
+    Raises:
+        UsageError: the base is no ``.nemo``, or a variant does not fit it.
     """
-    base_sha256 = sha256_of(base)
+    model, base_sha256 = nemo_config(base, "base"), sha256_of(base)
+    own_ranks = {each.name: (ranks or each.ranks[:1]) if each.rank_setting else [None] for each in variants}
+    for variant in variants:
+        for rank in own_ranks[variant.name]:
+            _check_fit(variant, rank, model)
     cells = []
     for task in tasks.values():
         data_sha256 = sha256_of_examples(task)
         for variant in variants:
             candidates = rates or task.spec.recipe.rates(variant)
-            own_ranks = (ranks or variant.ranks[:1]) if variant.rank_setting else [None]
-            for rank in own_ranks:
+            for rank in own_ranks[variant.name]:
                 for seed in seeds:
                     cells += [
-                        Cell(task.spec, variant, rank, seed, rate, base_sha256, data_sha256, limit)
+                        Cell(task.spec, variant, rank, seed, rate, base_sha256, data_sha256, precision, limit)
                         for rate in candidates
                     ]
     return cells
+
+
+def _check_fit(variant: VariantSpec, rank: int | None, model: DictConfig) -> None:
+    if variant.scheme in SCHEMES:
+        try:
+            check_fit(config_for(variant.scheme, variant.settings_at(rank)), model)
+        except UsageError as error:
+            raise error.under(variant.name) from None
 
 
 def tasks_named(names: Iterable[str], data_root: Path | None, limit: int | None, **recipe) -> dict[str, Task]:
@@ -118,6 +137,20 @@ def sweep(runner: Runner, cells: Sequence[Cell], retry_failed: bool = False, sho
                 progress.update(overall, advance=1)
             tell(None)
     return [runner.result(cell) for cell in cells]
+
+
+def part_of(cells: Sequence[Cell], part: str) -> list[Cell]:
+    """The share of one of several processes that run a sweep together: ``2/4`` is the second of four.
+
+    Cells that differ in the learning rate only stay together.
+
+    Raises:
+        UsageError: not of this form.
+    """
+    number, slash, parts = part.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise UsageError("part", part, "write which part of how many, such as 1/4")
+    return [cell for contest in _contests(cells)[int(number) - 1 :: int(parts)] for cell in contest]
 
 
 def _contests(cells: Sequence[Cell]) -> list[list[Cell]]:

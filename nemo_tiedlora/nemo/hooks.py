@@ -11,6 +11,7 @@ from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, regi
 
 from nemo_tiedlora.nemo import resume, saved
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
+from nemo_tiedlora.nemo.parallel_adapter import ParallelAdapterPEFTConfig
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.variants import SCHEMES, Conductor, Dynamic, param_groups
 
@@ -19,6 +20,7 @@ def register_schemes() -> None:
     """Enter the schemes into NeMo (idempotent)."""
     for scheme in SCHEMES:
         PEFT_CONFIG_MAP.setdefault(scheme, partial(FactorPEFTConfig, scheme))
+    PEFT_CONFIG_MAP.setdefault("parallel_adapter", ParallelAdapterPEFTConfig)
     for adapted in (*LOCAL.values(), *TRANSFORMER_ENGINE.values()):
         if get_registered_adapter(adapted.__bases__[0]) is None:
             register_adapter(adapted.__bases__[0], adapted)
@@ -75,6 +77,14 @@ def _configure_callbacks(self):
     return callbacks
 
 
+def _finish_grad_sync(stock, adaptations):
+    """Before Megatron's distributed optimizer reduces gradients, each data-parallel rank keeping a share of them."""
+    for adapted in adaptations.values():
+        tensors = {key: tensor for key, (_, tensor) in adapted.bank.trained().items()}
+        adapted.synchroniser(tensors, attribute="main_grad")
+    stock()
+
+
 class Conducting(Callback):
     """Makes gradients whole and every optimizer step the methods', and keeps their state in checkpoints."""
 
@@ -83,8 +93,10 @@ class Conducting(Callback):
         self._loaded: dict[str, Any] = {}
 
     def on_train_start(self, trainer, model):
-        if not resume.knows_keys(resume.inner(trainer)):
-            return  # and the settings that would need it were refused
+        if model.use_mcore_dist_optim:  # settings that need a conductor were refused
+            for chunk in model.model:
+                chunk.finish_grad_sync = partial(_finish_grad_sync, chunk.finish_grad_sync, model.adaptations)
+            return
         for scheme, adapted in model.adaptations.items():
             self.conductors[scheme] = Conductor(resume.inner(trainer), adapted.bank.variant, scheme, adapted.ranks)
             if scheme in self._loaded:
@@ -92,12 +104,16 @@ class Conducting(Callback):
 
     def on_before_optimizer_step(self, trainer, model, optimizer):
         """After NeMo has averaged gradients over data-parallel ranks, before it clips them."""
+        if model.use_mcore_dist_optim:
+            return
         for scheme, adapted in model.adaptations.items():
             variant = adapted.bank.variant
-            groups = [group for group in resume.inner(trainer).param_groups if group.get("adapter") == scheme]
-            adapted.synchroniser(groups, variant.active_keys() if isinstance(variant, Dynamic) else None)
+            tensors = {key: tensor for key, _, tensor in resume.trained(resume.inner(trainer), scheme)}
+            adapted.synchroniser(tensors, variant.active_keys() if isinstance(variant, Dynamic) else None)
 
     def on_train_end(self, trainer, model):
+        for chunk in model.model if model.use_mcore_dist_optim else ():
+            del chunk.finish_grad_sync
         for conductor in self.conductors.values():
             conductor.leave()
 

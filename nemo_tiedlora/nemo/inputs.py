@@ -19,10 +19,11 @@ from nemo_tiedlora.nemo.sizes import check_fit
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
 
-#: NeMo's own schemes that the job runs as they are; the key of their settings under model.peft.
+#: Baselines that the job runs, NeMo's own but for parallel_adapter; the key of their settings under model.peft.
 STOCK_SCHEMES = {
     "lora": "lora_tuning",
     "adapter": "adapter_tuning",
+    "parallel_adapter": "adapter_tuning",
     "ia3": "ia3_tuning",
     "ptuning": "p_tuning",
     "none": None,

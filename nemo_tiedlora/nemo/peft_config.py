@@ -108,9 +108,11 @@ def _check_optimizer(cfg: DictConfig, config: VariantConfig) -> None:
             raise UsageError("model.optim.name", name, "it would move inactive modules; use adamw or fused_adam")
         if config.lr_ratio != 1:
             raise UsageError("lr_ratio", config.lr_ratio, f"{name} has one learning rate; use adamw or fused_adam")
-        for layout in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            if cfg.get(layout, 1) > 1:
-                raise UsageError(f"model.{layout}", cfg.get(layout), f"not with {name}; use adamw or fused_adam")
+        overlapped = cfg.optim.get("overlap_grad_sync")
+        ranks = cfg.get("tensor_model_parallel_size", 1) * cfg.get("pipeline_model_parallel_size", 1)
+        if overlapped and ranks > 1:
+            way_out = "would begin before gradients are whole over tensor and pipeline ranks; set it to false"
+            raise UsageError("model.optim.overlap_grad_sync", overlapped, way_out)
     if cfg.get("sequence_parallel") and getattr(config, "importance", None) == "backward":
         way_out = "needs whole gradients of every micro-batch, and sequence parallelism has parts of them; use forward"
         raise UsageError("importance", "backward", way_out)

@@ -57,7 +57,8 @@ def quiet(enabled: bool = True) -> Iterator[TextIO]:
     os.close(nowhere)
     from nemo.utils import logging as nemo_logging
 
-    handlers = list(logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers)
+    lightnings = logging.getLogger("lightning.pytorch").handlers + logging.getLogger("lightning.fabric").handlers
+    handlers = [handler for handler in lightnings if not isinstance(handler, logging.FileHandler)]
     handlers += [handler for name, handler in nemo_logging._handlers.items() if name.startswith("stream_")]
     for handler in handlers:
         handler.addFilter(_is_news)

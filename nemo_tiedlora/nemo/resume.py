@@ -38,7 +38,7 @@ def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = {}
     for scheme in model.adaptations:
         mine = {}
-        for key, group, tensor in _trained(optimizer, scheme):
+        for key, group, tensor in trained(optimizer, scheme):
             settings = {name: value for name, value in group.items() if name not in ("params", "keys")}
             mine[key] = {"tensor": tensor, "settings": settings, **optimizer.state.get(tensor, {})}
         checkpoint[KEY][scheme] = whole(model, scheme, mine)
@@ -52,7 +52,7 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     for scheme, saved in checkpoint[KEY].items():
         for key, (_, tensor) in model.adaptations[scheme].bank.trained().items():
             tensor.copy_(part(model, scheme, key, saved[key]["tensor"]))
-        for key, group, tensor in _trained(optimizer, scheme):
+        for key, group, tensor in trained(optimizer, scheme):
             state = {name: part(model, scheme, key, value) for name, value in saved[key].items()}
             tensor.copy_(state.pop("tensor"))  # the float32 copy, where there is one
             group.update(state.pop("settings"))
@@ -70,7 +70,7 @@ def _like(tensor: Tensor, value: Any) -> Any:
     return value
 
 
-def _trained(optimizer: torch.optim.Optimizer, scheme: str):
+def trained(optimizer: torch.optim.Optimizer, scheme: str):
     """(key, group, tensor) of every tensor that the optimizer trains for a scheme."""
     for group in optimizer.param_groups:
         if group.get("adapter") == scheme:

@@ -9,6 +9,7 @@ modules, settings, weights) is taken back at its end.
 """
 
 import copy
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from nemo_tiedlora.nemo.generate import Generator
 from nemo_tiedlora.nemo.model import build_model, build_trainer
 from nemo_tiedlora.nemo.quiet import quiet
 
+LOG = logging.getLogger(__name__)
+
 #: What NeMo's own schemes want to be told and a job need not say, by section of ``model.peft``.
 _TENSORS = {
     "adapter_dropout": 0.0,
@@ -43,7 +46,7 @@ _TENSORS = {
 STOCK_SETTINGS: dict[str, dict[str, Any]] = {
     "lora_tuning": {"variant": "nemo", "target_modules": ["attention_qkv"], "alpha": 32, **_TENSORS},
     "adapter_tuning": {
-        "type": "parallel_adapter", "norm_position": "pre", "norm_type": "mixedfusedlayernorm", **_TENSORS,
+        "norm_position": "pre", "norm_type": "mixedfusedlayernorm", **_TENSORS,
     },
     "p_tuning": {"bottleneck_dim": 64, "embedding_dim": 64, "init_std": 0.023},
     "ia3_tuning": {"layer_selection": None},
@@ -220,21 +223,28 @@ class Workbench:
 
 
 @contextmanager
-def workbench(base: Path, precision: str | int = 32) -> Iterator[Workbench]:
-    """Load ``base``, a ``.nemo`` of a Megatron-core GPT, in this process."""
+def workbench(base: Path, precision: str = "32") -> Iterator[Workbench]:
+    """Load ``base``, a ``.nemo`` of a Megatron-core GPT, in this process.
+
+    Args:
+        precision: ``32``; or ``bf16`` for weights and activations of bfloat16, the optimizer keeping float32 copies of
+            what it trains (NeMo's ``megatron_amp_O2``).
+    """
     from nemo_tiedlora import platform
 
     cfg = OmegaConf.create(
         {
             "trainer": {
-                "devices": 1, "num_nodes": 1, "accelerator": "auto", "precision": precision, "logger": False,
+                "devices": 1, "num_nodes": 1, "accelerator": "auto", "logger": False,
+                "precision": 32 if precision == "32" else precision,
                 "enable_checkpointing": False, "use_distributed_sampler": False, "max_epochs": 9999, "max_steps": 1,
                 "log_every_n_steps": 1, "val_check_interval": 1, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0,
             },
             "exp_manager": {"name": None, "log_tflops_per_sec_per_gpu": False},
             "model": {
                 "seed": 1234, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
-                "micro_batch_size": 1, "global_batch_size": 1, "megatron_amp_O2": False, "sequence_parallel": False,
+                "micro_batch_size": 1, "global_batch_size": 1, "megatron_amp_O2": precision != "32",
+                "sequence_parallel": False,
                 "sync_batch_comm": False, "answer_only_loss": True, "gradient_as_bucket_view": False,
                 "activations_checkpoint_granularity": None, "activations_checkpoint_method": None,
                 "activations_checkpoint_num_layers": None, "activations_checkpoint_layers_per_pipeline": None,
@@ -325,7 +335,7 @@ class _Best(Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer, model):
-        self._counter = model.model.embedding.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._counter = model.get_model_module_list()[0].embedding.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module, args, kwargs):
         if module.training:
@@ -342,6 +352,7 @@ class _Best(Callback):
 
     def on_validation_end(self, trainer, model):
         loss = float(trainer.callback_metrics["validation_loss"])
+        LOG.info("step %d of %d: validation loss %.4f", trainer.global_step, trainer.max_steps, loss)
         self.facts.losses.append((trainer.global_step, loss))
         if loss < self.facts.best_loss:
             self.facts.best_loss, self.facts.best_step, self._worse = loss, trainer.global_step, 0

@@ -51,36 +51,39 @@ class Synchroniser:
             here = parallel_state.get_pipeline_model_parallel_rank()
             self.counted_elsewhere = {key for key in self.tied if key in sizes and holders[key][0] < here}
 
-    def __call__(self, groups: Iterable[Mapping[str, Any]], active: set[str] | None = None) -> None:
-        """Complete the gradients of an optimizer's parameter groups, in place.
+    def __call__(self, tensors: Mapping[str, Tensor], active: set[str] | None = None, attribute: str = "grad") -> None:
+        """Complete the gradients of ``tensors``, by key, in place.
 
         Args:
-            groups: with ``keys`` beside ``params``.
             active: the keys that have gradients this step; None means all.
+            attribute: where a tensor keeps its gradient; with Megatron's data parallelism ``main_grad``.
         """
-        tensors = {key: tensor for group in groups for key, tensor in zip(group["keys"], group["params"], strict=True)}
         wanted: Callable[[str], bool] = (lambda key: True) if active is None else active.__contains__
         partials = {key: tensors[key].numel() for key in self.partials if key in tensors and wanted(key)}
-        _sum(tensors, partials, parallel_state.get_tensor_model_parallel_group)
+        _sum(tensors, partials, parallel_state.get_tensor_model_parallel_group, attribute)
         tied = {key: size for key, size in self.tied.items() if wanted(key)}
-        _sum(tensors, tied, parallel_state.get_pipeline_model_parallel_group)
+        _sum(tensors, tied, parallel_state.get_pipeline_model_parallel_group, attribute)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to sum under this layout."""
+        return not (self.partials or self.tied)
 
 
-def _sum(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], group: Callable[[], Any]) -> None:
+def _sum(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], group: Callable[[], Any], attribute: str) -> None:
     """All-reduce the gradients of ``sizes``'s keys in one flat bucket; a key that is not here adds nothing."""
     if not sizes:
         return
-    known = [tensor.grad for key, tensor in tensors.items() if key in sizes and tensor.grad is not None]
-    kind = known[0] if known else next(iter(tensors.values()), torch.empty(0))
+    gradients = {key: getattr(tensors[key], attribute) for key in sizes if key in tensors}
+    kind = next(iter(tensors.values()), torch.empty(0))
     bucket = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=kind.device)
     parts = dict(zip(sizes, bucket.split(list(sizes.values())), strict=True))
     for key, part in parts.items():
-        if key in tensors and tensors[key].grad is not None:
-            part.copy_(tensors[key].grad.flatten())
+        if gradients.get(key) is not None:
+            part.copy_(gradients[key].flatten())
     torch.distributed.all_reduce(bucket, group=group())
-    for key, part in parts.items():
-        if key in tensors:
-            tensor = tensors[key]
-            if tensor.grad is None:
-                tensor.grad = torch.empty_like(tensor)
-            tensor.grad.copy_(part.view_as(tensor))
+    for key, gradient in gradients.items():
+        if gradient is None:
+            tensors[key].grad = parts[key].view_as(tensors[key]).to(tensors[key].dtype)
+        else:
+            gradient.copy_(parts[key].view_as(gradient))

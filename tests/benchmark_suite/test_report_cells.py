@@ -21,11 +21,11 @@ def test_a_result_is_read_wherever_it_lies(tmp_path):
     [
         ('{"cell": ', "Expecting value"),
         ("[]", "not an object"),
-        ("{}", "missing: cell, task, variant, rank, seed, status"),
+        ("{}", "missing: cell, task, variant, seed, status"),
         (b"\xff", "can't decode"),
         ({"rank": "8"}, "rank='8': not a int"),
         ({"rank": True}, "rank=True: not a int"),
-        ({"status": "half"}, "status='half': neither done nor failed"),
+        ({"status": "half"}, "status='half': none of trained, done, failed"),
         ({"metrics": {"f1": metric(1.0)}}, "primary='exact_match': not among its metrics (f1)"),
         ({"metrics": {"exact_match": 3}}, "metrics.exact_match: not an object"),
         ({"metrics": {"exact_match": metric(float("nan"))}}, "metrics.exact_match.value=nan: not a finite number"),

@@ -4,6 +4,7 @@ import pytest
 from report_results import metric, write
 
 from benchmark_suite.report import numbers
+from benchmark_suite.report.page import page
 from benchmark_suite.report.summary import summarize
 
 
@@ -94,6 +95,33 @@ def test_lower_is_better(tmp_path):
     assert table.is_best(found["TL6",], column) and "average" not in found["TL6",]
 
 
+def test_a_variant_without_a_rank_is_in_every_table(tmp_path):
+    for rank, test, trainable in ((2, 20, 400), (8, 30, 1600)):
+        cell(tmp_path, "LoRA", rank, test, validation=test, trainable=trainable)
+    cell(tmp_path, "full", None, 40, validation=40, trainable=16_000)
+    found = tables(tmp_path)
+    for key in ("scores", "same_rank"):
+        entry = rows(found[key], "variant")["full",]["gsm8k-v1"]
+        assert (entry.mean, entry.rank, entry.detail) == (40, None, "1000.0 %")
+    assert rows(found["cost"], "variant")["full",]["trainable"] == 10  # beside LoRA at its best rank
+    assert rows(found["significance"], "variant")["full",]["difference"] == 10
+    assert rows(found["settings"], "variant", "rank")["full", None]["score"] == 40
+    assert found["tasks"].rows[0]["ranks"] == [2, 8]
+    drawn = page(summarize(tmp_path, "LoRA"))
+    assert drawn.count("<svg") >= 4 and "full" in drawn
+    rows(tables(tmp_path, against="full")["cost"], "variant")["LoRA",]  # each of its ranks beside it
+
+
+def test_every_metric_of_a_task_is_reported_in_its_own_scale(tmp_path):
+    for seed, f1 in ((0, 0.5), (1, 0.6)):
+        both = {"exact_match": metric(0.25) | {"scale": 100.0}, "f1": metric(f1) | {"scale": 100.0}}
+        write(tmp_path / str(seed), seed=seed, metrics=both)
+    found = tables(tmp_path)
+    row = rows(found["metrics"], "task", "metric", "variant")["gsm8k-v1", "f1", "LoRA"]
+    assert (row["score"], row["std"]) == (pytest.approx(55), pytest.approx(50**0.5))
+    assert found["best"].rows[0]["score"] == 25
+
+
 def test_no_average_where_a_task_is_missing(tmp_path):
     for task in ("gsm8k-v1", "squad-v1"):
         cell(tmp_path, "LoRA", 8, 50, task=task)
@@ -105,7 +133,7 @@ def test_no_average_where_a_task_is_missing(tmp_path):
 def test_what_stays_out_of_the_scores(tmp_path):
     cell(tmp_path, "LoRA", 8, 50)
     cell(tmp_path, "LoRA", 8, 99, seed=1, selected=False)
-    write(tmp_path / "validation-only", variant="LoRA", seed=2)
+    write(tmp_path / "validation-only", variant="LoRA", seed=2, status="trained")
     write(tmp_path / "failed", status="failed", error="out of\nmemory", variant="TL6")
     write(tmp_path / "again", variant="LoRA", metrics={"exact_match": metric(1.0)})
     (tmp_path / "broken").mkdir()

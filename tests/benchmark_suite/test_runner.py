@@ -1,19 +1,24 @@
 """Cells on the built-in base: trained, chosen by validation, tested once, recorded, resumed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import toy
 
 import benchmark_suite
 from benchmark_suite.runner import sweep as sweeping
+from benchmark_suite.runner.cell import Cell
 from benchmark_suite.runner.runner import ATTEMPTS, Runner
 from nemo_tiedlora.embedded import base as embedded_base
+from nemo_tiedlora.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -50,6 +55,8 @@ def contents(folder):
     for path in sorted(folder.rglob("*")):
         if path.is_file() and ".data" not in path.parts:
             value = path.read_bytes()
+            if path.name == "log.txt":
+                continue
             if path.name == "result.json":
                 result = json.loads(value)
                 for name in ("seconds", "tokens_per_second", "peak_memory_bytes"):
@@ -89,11 +96,36 @@ def test_the_winner_is_the_best_on_validation_and_the_test_split_is_read_for_it_
 
 
 def test_a_failed_cell_is_recorded_and_stops_no_other(runner):
-    one, cells = runner(("TL6", "VeRA"), ranks=[500])  # larger than the layer
-    _, good = runner(("TL6",))
-    found = sweeping.sweep(one, [*cells, *good], show=False)
-    assert [result["status"] for result in found] == ["failed", "failed", "done"]
-    assert "rank" in found[0]["error"] and (cells[0].folder(one.results) / "log.txt").is_file()
+    one, (bad, good) = runner(("selective", "TL6"))
+    variant = replace(bad.variant, settings={"tunable_base_param_names": ["no_such_name"]})
+    found = sweeping.sweep(one, [bad := replace(bad, variant=variant), good], show=False)
+    assert [result["status"] for result in found] == ["failed", "done"]
+    log = (bad.folder(one.results) / "log.txt").read_text()
+    assert "no_such_name" in found[0]["error"] and "Traceback" in log
+
+
+def test_the_log_says_what_happened(runner):
+    one, (cell,) = runner()
+    sweeping.sweep(one, [cell], show=False)
+    log = (cell.folder(one.results) / "log.txt").read_text()
+    steps = SHORT["steps"]
+    for line in ("before-v1, TL6, r", f"step {steps} of {steps}: validation loss", "validation: exact", "test: exact"):
+        assert line in log, line
+    assert "Traceback" not in log
+
+
+def test_every_split_to_test_on_is_tested(base, data_root, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(data_root / "mnli", root / "mnli")
+    shutil.copy(root / "mnli" / "test.jsonl", root / "mnli" / "test_mismatched.jsonl")
+    tasks = sweeping.tasks_named(["mnli-v1"], root, None, steps=2)
+    cells = sweeping.matrix(tasks, sweeping.variants_named(["TL6"]), base, None, [0], [1e-2], None)
+    with toy.clean_megatron(), Runner(base, tmp_path / "results", tasks) as one:
+        (found,) = sweeping.sweep(one, cells, show=False)
+    assert found["metrics"]["acc"] == found["metrics"]["acc_mismatched"]
+    files = [cells[0].folder(tmp_path / "results") / f"predictions{which}.jsonl" for which in ("", "_mismatched")]
+    rows, further = ([json.loads(line)["prediction"] for line in file.read_text().splitlines()] for file in files)
+    assert rows == further
 
 
 def test_a_cell_that_kills_its_process_is_given_up_and_can_be_retried(runner):
@@ -108,7 +140,9 @@ def test_a_cell_that_kills_its_process_is_given_up_and_can_be_retried(runner):
 
 def test_baselines_leave_the_base_as_it_was(runner):
     """Full fine-tuning and NeMo's own schemes, then the first variant again: to the bit what it was."""
-    one, cells = runner(("TL6", "full", "NeMo LoRA", "IA3", "p-tuning", "selective", "sequential adapter"))
+    one, cells = runner(
+        ("TL6", "full", "NeMo LoRA", "IA3", "p-tuning", "selective", "sequential adapter", "parallel adapter")
+    )
     tl6, *others = cells
     first = one.train(tl6)
     for cell in others:
@@ -116,6 +150,36 @@ def test_baselines_leave_the_base_as_it_was(runner):
     one.forget(tl6)
     again = one.train(tl6)
     assert again["validation_losses"] == first["validation_losses"]
+
+
+def test_in_bfloat16_too(base, tmp_path):
+    names = ["TL6", "DynaLoRA", "full", "selective", "parallel adapter"]
+    tasks = sweeping.tasks_named(["before-v1"], None, 8, steps=4)
+    chosen = sweeping.variants_named(names)
+    cells = sweeping.matrix(tasks, chosen, base, None, [0], [1e-2], 8, "bf16")
+    with toy.clean_megatron(), Runner(base, tmp_path, tasks, "bf16") as one:
+        found = sweeping.sweep(one, cells, show=False)
+        one.forget(cells[0])
+        (again,) = sweeping.sweep(one, cells[:1], show=False)
+        kinds = {parameter.dtype for parameter in one.bench.model.parameters()}
+    assert [result["error"] for result in found] == [None] * len(names)
+    assert again["validation_losses"] == found[0]["validation_losses"]
+    assert kinds == {torch.bfloat16}
+
+
+def test_parts_of_a_sweep_are_all_of_it():
+    spec, variants = benchmark_suite.spec("before-v1"), sweeping.variants_named(["TL6", "LoRA"])
+    cells = [
+        Cell(spec, variant, 8, seed, rate, "base", "data")
+        for variant in variants for seed in range(4) for rate in (1e-2, 1e-3)
+    ]  # fmt: skip
+    parts = [sweeping.part_of(cells, f"{number}/3") for number in (1, 2, 3)]
+    assert sorted(cell.hash for part in parts for cell in part) == sorted(cell.hash for cell in cells)
+    for part in parts:  # learning rates of one contest are in one place
+        assert len(part) == 2 * len({cell.contest.hash for cell in part})
+    for wrong in ("0/3", "4/3", "2", "a/b", "1/0"):
+        with pytest.raises(UsageError, match=f"^part='{wrong}': write which part of how many"):
+            sweeping.part_of(cells, wrong)
 
 
 def command(*arguments, **options):
@@ -148,6 +212,7 @@ def test_a_mistake_is_refused_by_name_before_anything_is_loaded(tmp_path):
         ("--variants", "TL7"): "TL7",
         ("--seeds", "x"): "seeds='x': write whole numbers",
         ("--base", "missing.nemo"): "missing.nemo': no such file",
+        ("--variants", "LoRA,TL6", "--ranks", "4,500"): "LoRA.rank=500: larger than the layer",
     }
     for arguments, message in cases.items():
         process = command("sweep", "--results", str(tmp_path / "r"), *arguments)
