@@ -335,7 +335,9 @@ class _Best(Callback):
         self._started = 0.0
 
     def on_train_start(self, trainer, model):
-        self._counter = model.get_model_module_list()[0].embedding.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._counter = model.get_model_module_list()[0].embedding.register_forward_pre_hook(
+            self._count, with_kwargs=True
+        )
 
     def _count(self, module, args, kwargs):
         if module.training:
