@@ -92,6 +92,9 @@ def _sweep(
     tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, limit, steps, max_seq_length,
     precision, part, results, retry_failed, as_json,
 ):  # fmt: skip
+    from benchmark_suite.runner.guard import survive
+
+    survive(results)
     from benchmark_suite import registry
     from benchmark_suite.runner import sweep as sweeping
     from benchmark_suite.runner.runner import Runner

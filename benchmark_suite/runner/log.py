@@ -16,6 +16,8 @@ _APART = ("nemo_logger", "lightning.pytorch", "lightning.fabric")
 @contextmanager
 def logged(path: Path) -> Iterator[None]:
     """Add to ``path`` what any logger is told inside the block."""
+    import lightning.pytorch  # noqa: F401  (at its import it asks whether the root has handlers, and must find none)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -184,8 +184,9 @@ def paths_of(config: VariantConfig) -> list[str]:
 
 def settings_of(config: VariantConfig, variant: Variant, checksums: dict[str, str]) -> dict[str, Any]:
     """All settings of a method as plain data, with what was decided and the checksums of frozen tensors; those that are
-    null are left out."""
-    return _said(asdict(config) | {"checksums": checksums or None} | variant.decided())
+    null are left out, and ``store_frozen`` where there is nothing it says."""
+    given = asdict(config) | {"checksums": checksums or None, "store_frozen": config.store_frozen or None}
+    return _said(given | variant.decided())
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:

@@ -299,7 +299,9 @@ class _Metadata(pickle.Unpickler):
             return getattr(torch, name)
         allowed = self.SAFE.get(module, ())
         if "." not in name and (allowed is None or name in allowed):
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
+            if allowed or isinstance(found, type):  # of those modules their classes, not what they import to call
+                return found
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

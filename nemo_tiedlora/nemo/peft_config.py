@@ -64,7 +64,7 @@ class FactorPEFTConfig(PEFTConfig):
             cut=lambda whole, spec, site: cut(
                 whole, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), ranks, rank
             ),
-            checksums=self.config.checksums,
+            checksums=None if self.config.store_frozen else self.config.checksums,  # loaded after being drawn
         )
         partials: set[str] = set()
         for layer in model._unwrap_layers_model_list():

@@ -105,8 +105,8 @@ def load(model: NLPAdapterModelMixin, adapter: Adapter) -> None:
     Raises:
         UsageError: a tensor that does not fit; then nothing was changed.
     """
-    mine = []
-    for key, tensor in model.adaptations[adapter.scheme].bank.named_tensors().items():
+    mine, bank = [], model.adaptations[adapter.scheme].bank
+    for key, tensor in bank.named_tensors().items():
         if key not in adapter.specs:
             raise UsageError("adapter", adapter.scheme, f"the model has a tensor {key}, which the adapter has not")
         if key in adapter.tensors:
@@ -118,6 +118,8 @@ def load(model: NLPAdapterModelMixin, adapter: Adapter) -> None:
     with torch.no_grad():
         for tensor, value in mine:
             tensor.copy_(value)
+    recorded = adapter.config.checksums or {}  # of what is in the model now, which a stored tensor need not equal
+    bank.checksums.update({key: recorded[key] for key in bank.checksums.keys() & recorded.keys()})
 
 
 def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
@@ -143,7 +145,8 @@ def save_to(self, stock, model, save_path):
     canonical form and in one file, whatever the layout."""
     if not only_ours(model) or len(model.adaptations) != 1:
         return stock(self, model, save_path)
-    adapter = gather(model)
+    (adapted,) = model.adaptations.values()
+    adapter = gather(model, frozen=adapted.bank.variant.config.store_frozen)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         base = Base.of(model.cfg, _base_checksums(model.cfg.get("restore_from_path"), tuple(adapter.paths)))
         write(replace(adapter, base=base, model_config=_config(model, adapter)), save_path)

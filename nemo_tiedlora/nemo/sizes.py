@@ -16,7 +16,7 @@ class Sizes:
 
     Args:
         trainable: parameters that get gradients.
-        stored: parameters in a saved adapter; frozen random ones are drawn again from the seed.
+        stored: parameters in a saved adapter; without ``store_frozen``, frozen ones are drawn again from the seed.
         total: trainable and frozen ones.
         percent_of_lora: share of the trainable parameters of plain LoRA on the same targets and layers, rank included.
         bytes: of the stored parameters in float32.
@@ -61,11 +61,12 @@ def sizes(config: VariantConfig, model: DictConfig) -> Sizes:
     """
     variant = check_fit(config, model)
     counted = count(variant, sites(config, model))
+    stored = counted.trainable + (counted.frozen if config.store_frozen else 0)
     return Sizes(
         trainable=counted.trainable,
-        stored=counted.trainable,
+        stored=stored,
         total=counted.trainable + counted.frozen,
         percent_of_lora=round(100 * counted.trainable / lora_size(config, model), 2),
-        bytes=BYTES_PER_PARAMETER * counted.trainable,
+        bytes=BYTES_PER_PARAMETER * stored,
         rank=variant.rank,
     )

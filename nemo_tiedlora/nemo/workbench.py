@@ -11,6 +11,7 @@ modules, settings, weights) is taken back at its end.
 import copy
 import logging
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -178,8 +179,8 @@ class Trained:
 class Workbench:
     """A base in memory."""
 
-    def __init__(self, model, cfg: DictConfig):
-        self.model, self.cfg = model, cfg
+    def __init__(self, model, cfg: DictConfig, scratch: str):
+        self.model, self.cfg, self.scratch = model, cfg, scratch
 
     @contextmanager
     def trained(
@@ -196,7 +197,7 @@ class Workbench:
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(_taken_back(self.model, whole=job.scheme in ("none", "selective")))
-            cfg = _config(self.cfg, job)
+            cfg = _config(self.cfg, job, self.scratch)
             _seed(job.seed)
             facts = Facts()
             best = _Best(facts, job.patience, progress)
@@ -266,10 +267,12 @@ def workbench(base: Path, precision: str = "32") -> Iterator[Workbench]:
             stack.enter_context(platform.host())
             trainer, _ = build_trainer(cfg, [])
             model = build_model(cfg, Path(base), trainer)
-        yield Workbench(model, cfg)
+            # NeMo's index of the rows' files is this process's own: others may be at the same files.
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        yield Workbench(model, cfg, scratch)
 
 
-def _config(cfg: DictConfig, job: Job) -> DictConfig:
+def _config(cfg: DictConfig, job: Job, scratch: str) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     cfg.trainer.max_steps = job.steps
     cfg.trainer.val_check_interval = min(job.validate_every, job.steps)
@@ -280,8 +283,8 @@ def _config(cfg: DictConfig, job: Job) -> DictConfig:
     cfg.model.micro_batch_size, cfg.model.global_batch_size = job.micro_batch_size, job.batch_size
     cfg.model.data = {
         "chat": False,
-        "train_ds": _data([str(job.train)], *sizes, True, job.max_length, job.seed),
-        "validation_ds": _data([str(job.validation)], *sizes, False, job.max_length, job.seed),
+        "train_ds": _data([str(job.train)], *sizes, True, job.max_length, job.seed, scratch),
+        "validation_ds": _data([str(job.validation)], *sizes, False, job.max_length, job.seed, scratch),
     }
     schedule = {"name": "CosineAnnealing", "warmup_steps": job.warmup, "constant_steps": 0, "min_lr": 0.0}
     optim = {"name": job.optimizer, "lr": job.lr, "weight_decay": job.weight_decay, "betas": [0.9, 0.98]}
@@ -289,13 +292,21 @@ def _config(cfg: DictConfig, job: Job) -> DictConfig:
     return cfg
 
 
-def _data(files: list[str], batch_size: int, micro_batch_size: int, train: bool, max_length: int, seed: int) -> dict:
+def _data(
+    files: list[str],
+    batch_size: int,
+    micro_batch_size: int,
+    train: bool,
+    max_length: int,
+    seed: int,
+    index: str | None = None,
+) -> dict:
     section = {
         "file_names": files, "global_batch_size": batch_size, "micro_batch_size": micro_batch_size,
         "shuffle": bool(train), "num_workers": 0, "memmap_workers": 1, "pin_memory": False,
         "max_seq_length": max_length, "min_seq_length": 1, "drop_last": bool(train), "label_key": "output",
         "add_eos": True, "add_sep": False, "add_bos": False, "truncation_field": "input", "truncation_method": "left",
-        "index_mapping_dir": str(Path(files[0]).parent / "index") if files else None,
+        "index_mapping_dir": index,
         "prompt_template": "{input} {output}", "global_sample_mapping": False, "seed": seed,
     }  # fmt: skip
     if train:

@@ -22,6 +22,7 @@ class VariantConfig:
         layer_selection: 1-based numbers of the layers to adapt; null means all.
         dora: also train the length of every row of W + ΔW, as DoRA does.
         lr_ratio: learning rate of what B_l is made of, divided by that of the rest (LoRA+); 1 is no difference.
+        store_frozen: save frozen random tensors too: a larger file that does not depend on torch's generator.
         checksums: SHA-256 of each frozen random tensor. Recorded by training, checked when the adapter is restored.
 
     Raises:
@@ -40,6 +41,7 @@ class VariantConfig:
     layer_selection: list[int] | None = None
     dora: bool = False
     lr_ratio: float = 1.0
+    store_frozen: bool = False
     checksums: dict[str, str] | None = None
 
     def __post_init__(self):
@@ -59,7 +61,8 @@ class VariantConfig:
             raise UsageError("dropout", self.dropout, "must be at least 0 and less than 1")
         if not self.lr_ratio > 0:
             raise UsageError("lr_ratio", self.lr_ratio, "must be > 0")
-        check_choice("dora", self.dora, (True, False))
+        for name in ("dora", "store_frozen"):
+            check_choice(name, getattr(self, name), (True, False))
         for matrix in ("A", "B"):
             check_choice(f"init_{matrix}", getattr(self, f"init_{matrix}"), STD)
             std = getattr(self, f"std_{matrix}")

@@ -1,6 +1,8 @@
 """Cells on the built-in base: trained, chosen by validation, tested once, recorded, resumed."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -204,6 +206,28 @@ def test_a_killed_sweep_goes_on_where_it_was(base, tmp_path):
     assert process.returncode == 0, err[-2000:]
     assert [result["status"] for result in json.loads(out)["results"]] == ["done"] * 4
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
+
+
+def test_a_sweep_survives_what_kills_its_process(base, tmp_path):
+    """One cell is killed whenever it trains: it is given up, and the others end well."""
+    arguments = ["sweep", "--tasks", "before-v1", "--variants", "TL5,LoRA", "--lrs", "1e-2", "--steps", "8",
+                 "--limit", "8", "--results", str(tmp_path), "--json"]  # fmt: skip
+    process = command(*arguments)
+    killed = 0
+    while process.poll() is None:
+        for started in tmp_path.glob("before-v1/TL5/*/started.json"):
+            with contextlib.suppress(FileNotFoundError):
+                attempts = json.loads(started.read_text())["attempts"]
+                if attempts > killed:
+                    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                    os.kill(int(child), signal.SIGKILL)
+                    killed = attempts
+        time.sleep(0.02)
+    out, err = process.communicate()
+    found = {result["variant"]: result for result in json.loads(out)["results"]}
+    assert process.returncode == 1 and killed == ATTEMPTS, err[-2000:]
+    assert found["LoRA"]["status"] == "done" and found["TL5"]["status"] == "failed"
+    assert "killed" in found["TL5"]["error"] and err.count("killed by SIGKILL") == ATTEMPTS
 
 
 def test_a_mistake_is_refused_by_name_before_anything_is_loaded(tmp_path):

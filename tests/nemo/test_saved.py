@@ -13,6 +13,7 @@ from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.checkpoint.legacy import convert
 from nemo_tiedlora.checkpoint.merge import merge, unmerge
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants.init import Init
 
 CASES = {
     "lora": ("tied_lora", {"preset": "LoRA"}),
@@ -78,6 +79,26 @@ def test_saved_loaded_and_merged_give_the_same_logits(finetuning, files, tmp_pat
         )
     assert largest == facts["unmerge_max_difference"] <= 1e-6
     assert back["exact"] is (largest == 0)
+
+
+def test_stored_frozen_tensors_are_used_whatever_the_generator_draws(finetuning, tmp_path, monkeypatch):
+    model = adapted(finetuning, "vera", {"store_frozen": True})
+    expected = logits(model)
+    model.save_to(str(tmp_path / "adapter.nemo"))
+    assert {"attention_qkv.A", "attention_qkv.B"} <= set(read(tmp_path / "adapter.nemo").tensors)
+    draw = Init.draw
+    monkeypatch.setattr(Init, "draw", lambda self, *args: draw(self, *args) + 1)  # as another torch might
+    fresh, _ = finetuning(peft_scheme="none")
+    fresh.load_adapters(str(tmp_path / "adapter.nemo"))
+    assert torch.equal(logits(fresh), expected)
+    fresh.setup_complete = True
+    fresh.save_to(str(tmp_path / "again.nemo"))
+    first, again = read(tmp_path / "adapter.nemo"), read(tmp_path / "again.nemo")
+    assert first.settings == again.settings
+    assert all(torch.equal(tensor, again.tensors[key]) for key, tensor in first.tensors.items())
+    plain = adapted(finetuning, "vera", {})
+    plain.save_to(str(tmp_path / "plain.nemo"))
+    assert "attention_qkv.A" not in read(tmp_path / "plain.nemo").tensors
 
 
 @pytest.fixture

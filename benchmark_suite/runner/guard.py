@@ -1,0 +1,61 @@
+"""Keeps a sweep going when something kills its process: the system for its memory, or a crash in a driver."""
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+#: Deaths in a row that brought no new result, after which more than single cells must be to blame.
+PATIENCE = 6
+PR_SET_PDEATHSIG = 1
+
+
+def survive(results: Path) -> None:
+    """Return in a child process, which is started again whenever a signal ends it; this process ends as it does.
+
+    Call it before anything heavy is imported: the child is a fork. Cells count their starts, so one that kills its
+    process every time is given up. A child never outlives its parent.
+
+    Args:
+        results: folder in which cells that are done leave a ``result.json``.
+    """
+    deaths, known = 0, _results(results)
+    while child := _fork():
+        killer = _wait(child)
+        now = _results(results)
+        deaths, known = (deaths + 1 if now == known else 1), now
+        if killer in (signal.SIGINT, signal.SIGTERM) or deaths == PATIENCE:
+            print(f"ended by {killer.name}; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + killer)
+        print(f"killed by {killer.name}; going on without what it was at", file=sys.stderr)
+
+
+def _results(folder: Path) -> int:
+    return sum(1 for _ in folder.rglob("result.json"))
+
+
+def _fork() -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if not child and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before this was said
+            os._exit(1)
+    return child
+
+
+def _wait(child: int) -> signal.Signals:
+    """The signal that ended the child; where none did, end this process with its exit code."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number)),
+    }
+    _, status = os.waitpid(child, 0)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if os.WIFSIGNALED(status):
+        return signal.Signals(os.WTERMSIG(status))
+    sys.exit(os.WEXITSTATUS(status))
