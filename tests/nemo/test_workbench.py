@@ -1,8 +1,8 @@
 """Evaluation on a loaded base: what is generated and how likely an answer is do not depend on the batch."""
 
 import pytest
-import toy
 import torch
+import toy
 
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks
