@@ -11,6 +11,7 @@ from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, regi
 
 from nemo_tiedlora.nemo import resume, saved
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
+from nemo_tiedlora.nemo.optimizer_states import inner, trained
 from nemo_tiedlora.nemo.parallel_adapter import ParallelAdapterPEFTConfig
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.variants import SCHEMES, Conductor, Dynamic, param_groups
@@ -98,7 +99,7 @@ class Conducting(Callback):
                 chunk.finish_grad_sync = partial(_finish_grad_sync, chunk.finish_grad_sync, model.adaptations)
             return
         for scheme, adapted in model.adaptations.items():
-            self.conductors[scheme] = Conductor(resume.inner(trainer), adapted.bank.variant, scheme, adapted.ranks)
+            self.conductors[scheme] = Conductor(inner(trainer), adapted.bank.variant, scheme, adapted.ranks)
             if scheme in self._loaded:
                 self.conductors[scheme].load_state_dict(self._loaded[scheme])
 
@@ -108,7 +109,7 @@ class Conducting(Callback):
             return
         for scheme, adapted in model.adaptations.items():
             variant = adapted.bank.variant
-            tensors = {key: tensor for key, _, tensor in resume.trained(resume.inner(trainer), scheme)}
+            tensors = {key: tensor for key, _, tensor in trained(inner(trainer), scheme)}
             adapted.synchroniser(tensors, variant.active_keys() if isinstance(variant, Dynamic) else None)
 
     def on_train_end(self, trainer, model):

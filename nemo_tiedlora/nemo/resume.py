@@ -11,71 +11,35 @@ from typing import Any
 
 import torch
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
-from torch import Tensor
 
+from nemo_tiedlora.nemo.optimizer_states import inner, restore, states
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
 
 #: Where the whole tensors are in a checkpoint.
 KEY = "adapters"
 
 
-def inner(trainer) -> torch.optim.Optimizer:
-    """The optimizer itself: NeMo wraps it to keep float32 copies."""
-    optimizer = trainer.optimizers[0]
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def knows_keys(optimizer) -> bool:
-    """Whether an optimizer's groups are ours; Megatron's distributed one makes groups of its own."""
-    return any("adapter" in group for group in optimizer.param_groups)
-
-
 def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     """Replace this rank's tensors and optimizer states by whole ones. All ranks must call it together."""
-    optimizer = inner(model.trainer)
-    if not only_ours(model) or not knows_keys(optimizer):
+    if not only_ours(model):
         return
-    checkpoint[KEY] = {}
-    for scheme in model.adaptations:
-        mine = {}
-        for key, group, tensor in trained(optimizer, scheme):
-            settings = {name: value for name, value in group.items() if name not in ("params", "keys")}
-            mine[key] = {"tensor": tensor, "settings": settings, **optimizer.state.get(tensor, {})}
-        checkpoint[KEY][scheme] = whole(model, scheme, mine)
+    checkpoint[KEY] = {scheme: whole(model, scheme, states(model, scheme)) for scheme in model.adaptations}
     checkpoint["state_dict"], checkpoint["optimizer_states"] = {}, []
 
 
 @torch.no_grad()
 def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     """Take this rank's part of every whole tensor and optimizer state."""
-    optimizer = inner(model.trainer)
     for scheme, saved in checkpoint[KEY].items():
+        mine = {}
         for key, (_, tensor) in model.adaptations[scheme].bank.trained().items():
-            tensor.copy_(part(model, scheme, key, saved[key]["tensor"]))
-        for key, group, tensor in trained(optimizer, scheme):
-            state = {name: part(model, scheme, key, value) for name, value in saved[key].items()}
-            tensor.copy_(state.pop("tensor"))  # the float32 copy, where there is one
-            group.update(state.pop("settings"))
-            if state:
-                optimizer.state[tensor] = {name: _like(tensor, value) for name, value in state.items()}
+            mine[key] = {name: part(model, scheme, key, value) for name, value in saved[key].items()}
+            tensor.copy_(mine[key]["tensor"])
+        restore(model, scheme, mine)
+    groups = inner(model.trainer).param_groups
     for scheduler in checkpoint["lr_schedulers"]:
         for name in ("base_lrs", "_last_lr"):  # of every group, and all alike; there may be another number here
-            scheduler[name] = scheduler[name][:1] * len(optimizer.param_groups)
-
-
-def _like(tensor: Tensor, value: Any) -> Any:
-    """A tensor's optimizer state as its optimizer would have it: counters of steps stay on the CPU."""
-    if isinstance(value, Tensor):
-        return value.clone().to(tensor.device) if value.dim() else value.clone()
-    return value
-
-
-def trained(optimizer: torch.optim.Optimizer, scheme: str):
-    """(key, group, tensor) of every tensor that the optimizer trains for a scheme."""
-    for group in optimizer.param_groups:
-        if group.get("adapter") == scheme:
-            for key, tensor in zip(group["keys"], group["params"], strict=True):
-                yield key, group, tensor
+            scheduler[name] = scheduler[name][:1] * len(groups)
 
 
 def keep_one_last(folder: Path) -> None:

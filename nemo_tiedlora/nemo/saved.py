@@ -82,8 +82,13 @@ def only_ours(model: NLPAdapterModelMixin) -> bool:
     ours = {id(tensor) for adapted in adaptations.values() for tensor in adapted.bank.named_tensors().values()}
     chunks = model._unwrap_model_list()
     named = [item for chunk in chunks for item in chunk.named_parameters(prefix="model")]
-    keys = model.adapter_keys | model.tunable_base_param_keys
-    return all(id(tensor) in ours for name, tensor in named if name in keys)
+    keys = {_bare(name) for name in model.adapter_keys | model.tunable_base_param_keys}
+    return all(id(tensor) in ours for name, tensor in named if _bare(name) in keys)
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without the wrappers around the model."""
+    return name.replace("module.", "")
 
 
 def _specs(model: NLPAdapterModelMixin, scheme: str) -> dict[str, tuple[TensorSpec, Site]]:

@@ -6,31 +6,40 @@ import world
 from test_layouts import CASES, LAYOUTS, files  # noqa: F401, the fixture
 
 SAVED = ["LoRA", "TL6", "VeRA", "ShareLoRA", "CondLoRA", "DynaLoRA", "DoRA and LoRA+"]
-RESUMED = ["TL6", "CondLoRA", "DynaLoRA"]
-HALF, WHOLE = 10, 20
+METHODS = ["TL6", "CondLoRA", "DynaLoRA"]
+#: Layout → the runs that go on under it, and the layout they began with.
+RESUMED = {
+    "alone": dict.fromkeys([*METHODS, "distributed optimizer"], "alone"),
+    "PP2": dict.fromkeys(METHODS, "alone"),
+    "DP2": {"distributed optimizer": "alone"},
+    "TP2": dict.fromkeys(METHODS, "PP2") | {"distributed optimizer": "DP2"},
+}
+HALF, WHOLE = 5, 10
 
 
 @pytest.fixture(scope="module")
 def runs(files, tmp_path_factory):  # noqa: F811
-    """Saved adapters and training checkpoints that go from one process to two stages, and from these to two ranks.
+    """Saved adapters, and training checkpoints that go from layout to layout.
 
     Returns:
         The folder with a folder for each layout, and every layout's records.
     """
     folder = tmp_path_factory.mktemp("files")
     records = {}
-    for layout, source, further in (("alone", "alone", "PP2"), ("PP2", "alone", "TP2"), ("TP2", "PP2", None)):
+    for layout, resumed in RESUMED.items():
         (folder / layout).mkdir()
         processes, overrides = LAYOUTS.get(layout, (1, {}))
-        cases = {name: saving(folder, name, layout) for name in SAVED}
-        if further:  # checkpoints of whole runs under this layout, for the next one
-            cases |= {
-                f"{name} whole": CASES[name] | {"checkpoint": checkpoint(folder / layout, name)} for name in RESUMED
-            }
-        for name in RESUMED:
-            cases[f"{name} resumed"] = CASES[name] | {"resume": checkpoint(folder / source, name)[0]}
+        cases = {} if layout == "DP2" else {name: saving(folder, name, layout) for name in SAVED}
+        for name in sorted({name for runs in RESUMED.values() for name, source in runs.items() if source == layout}):
+            cases[f"{name} whole"] = whole(name) | {"checkpoint": checkpoint(folder / layout, name)}
+        for name, source in resumed.items():
+            cases[f"{name} resumed"] = whole(name) | {"resume": checkpoint(folder / source, name)[0]}
         records[layout] = world.run(folder / layout / "run", cases, files, processes, overrides)
     return folder, records
+
+
+def whole(name):
+    return CASES[name] | {"steps": WHOLE}
 
 
 def saving(folder, name, layout):
@@ -51,10 +60,11 @@ def test_an_adapter_is_the_same_file_under_every_layout(runs, layout, name):
     assert (folder / layout / f"{name}.nemo").read_bytes() == (folder / "alone" / f"{name}.nemo").read_bytes()
 
 
-@pytest.mark.parametrize("name", RESUMED)
-@pytest.mark.parametrize("layout", ["PP2", "TP2"])
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout, runs in RESUMED.items() if layout != "alone" for name in runs]
+)
 def test_a_run_goes_on_under_another_layout(runs, layout, name):
-    """From one process to two pipeline stages, and from two stages to two tensor ranks; optimizer state included."""
+    """Optimizer state included."""
     _, records = runs
     whole, resumed = records["alone"][f"{name} whole"][0], records[layout][f"{name} resumed"][0]
     assert len(resumed["losses"]) == WHOLE - HALF
@@ -67,7 +77,7 @@ def choices(record):
     return [entry["active"] for entry in record.get("history", {}).get("log", [])]
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", RESUMED["alone"])
 def test_a_resumed_run_on_the_same_layout_is_the_undisturbed_one(runs, name):
     _, records = runs
     whole, resumed = records["alone"][f"{name} whole"][0], records["alone"][f"{name} resumed"][0]

@@ -171,6 +171,18 @@ def test_what_the_distributed_optimizer_would_not_do_is_refused(finetuning, sche
         finetuning(peft_scheme=scheme, model={"optim": optim}, **{f"{scheme}_tuning": settings})
 
 
+def test_gradients_are_not_reduced_before_they_are_whole(finetuning):
+    from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
+
+    optim = toy.OPTIM | {"name": "mcore_distributed_optim", "overlap_grad_sync": True}
+    model, _ = finetuning(peft_scheme="tied_lora", model={"optim": optim})
+    config = model.cfg.copy()
+    FactorPEFTConfig("tied_lora", config)
+    config.pipeline_model_parallel_size = 2
+    with pytest.raises(UsageError, match="^model.optim.overlap_grad_sync=True: would begin before"):
+        FactorPEFTConfig("tied_lora", config)
+
+
 def test_full_recomputation_gives_the_same_training(finetuning):
     ends = []
     for granularity in (None, "full"):
