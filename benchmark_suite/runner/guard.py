@@ -28,7 +28,7 @@ def survive(results: Path) -> None:
         if killer in (signal.SIGINT, signal.SIGTERM) or deaths == PATIENCE:
             print(f"ended by {killer.name}; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + killer)
-        print(f"killed by {killer.name}; going on without what it was at", file=sys.stderr)
+        print(f"killed by {killer.name}; starting again", file=sys.stderr)
 
 
 def _results(folder: Path) -> int:

@@ -92,27 +92,23 @@ def _joined(model, shares: dict[str, _Share]) -> dict[str, State]:
     ranks = [mine] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(ranks, mine, group=group)
     joined: dict[str, State] = {}
-    for start, end, whole, key, name, value in (
-        (start, end, whole, key, name, value)
-        for rank in ranks
-        for key, (start, end, whole, state) in rank.items()
-        for name, value in state.items()
-    ):
-        if _is_share(value, start, end):
-            joined.setdefault(key, {}).setdefault(name, value.new_empty(whole)).view(-1)[start:end] = value.view(-1)
-        else:
-            joined.setdefault(key, {})[name] = value
+    for rank in ranks:
+        for key, (start, end, whole, state) in rank.items():
+            known = joined.setdefault(key, {})
+            for name, value in state.items():
+                if _is_cut(value):
+                    known.setdefault(name, value.new_empty(whole)).view(-1)[start:end] = value.view(-1)
+                else:
+                    known[name] = value
     return joined
 
 
-def _is_share(value: Any, start: int, end: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.numel() == end - start
-
-
 def _cut(value: Any, share: _Share) -> Any:
-    if not (isinstance(value, Tensor) and value.dim() > 0):
-        return value
-    return value.reshape(-1)[share.start : share.end].view_as(share.main)
+    return value.reshape(-1)[share.start : share.end].view_as(share.main) if _is_cut(value) else value
+
+
+def _is_cut(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

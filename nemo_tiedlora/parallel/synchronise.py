@@ -64,11 +64,6 @@ class Synchroniser:
         tied = {key: size for key, size in self.tied.items() if wanted(key)}
         _sum(tensors, tied, parallel_state.get_pipeline_model_parallel_group, attribute)
 
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to sum under this layout."""
-        return not (self.partials or self.tied)
-
 
 def _sum(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], group: Callable[[], Any], attribute: str) -> None:
     """All-reduce the gradients of ``sizes``'s keys in one flat bucket; a key that is not here adds nothing."""
