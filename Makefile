@@ -7,11 +7,12 @@ STAMP  := $(VENV)/.installed
 
 setup: $(STAMP)
 
-# The pins in requirements.txt are the full closure, so pip has nothing left to resolve.
+# The pins in requirements.txt are the full closure, so pip has nothing left to resolve. Python compiles what it imports;
+# compiling all of it here would double the time.
 $(STAMP): requirements.txt setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or pass PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-compile -r requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

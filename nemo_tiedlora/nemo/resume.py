@@ -6,12 +6,14 @@ file, which rank 0 writes and every rank of any layout reads its part of.
 """
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.optimizer_states import inner, restore, states
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
 
@@ -69,10 +71,27 @@ def save_checkpoint(self, stock, checkpoint, filepath, storage_options=None):
 
 
 def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
-    """NLPDDPStrategy's, for one file."""
+    """NLPDDPStrategy's, for one file.
+
+    Raises:
+        UsageError: the file is cut off or was changed.
+    """
     if Path(checkpoint_path).is_file() and only_ours(self.lightning_module):
+        _check_intact(Path(checkpoint_path))
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
     return stock(self, checkpoint_path, *args, **kwargs)
+
+
+def _check_intact(path: Path) -> None:
+    """A torch file is a zip archive with checksums, which torch does not compare."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        damaged = str(error)
+    if damaged:
+        way_out = f"damaged or cut off ({damaged}); put another checkpoint in its place, or remove it to start again"
+        raise UsageError("checkpoint", str(path), way_out)
 
 
 def remove_checkpoint(self, stock, filepath):

@@ -55,9 +55,9 @@ LAYOUTS = {
 }
 #: Cases left out: sequence parallelism refuses backward importance; the rest would show nothing new in its time.
 LEFT_OUT = {
-    "PP2": ["selective", "dropout"],
-    "DP2": ["recomputed", "selective", "dropout"],
-    "TP2 SP": ["backward importance", "recomputed", "bfloat16"],
+    "PP2": ["selective", "dropout", "bfloat16"],
+    "DP2": ["recomputed", "selective", "dropout", "DoRA and LoRA+"],
+    "TP2 SP": ["backward importance", "recomputed", "selective", "bfloat16"],
     "TP2 PP2": ["DoRA and LoRA+", "backward importance", "recomputed", "selective", "bfloat16", "dropout"],
 }
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,23 @@ def test_what_the_distributed_optimizer_would_not_do_is_refused(finetuning, sche
     optim = toy.OPTIM | {"name": "mcore_distributed_optim"}
     with pytest.raises(UsageError, match=f"^{field}="):
         finetuning(peft_scheme=scheme, model={"optim": optim}, **{f"{scheme}_tuning": settings})
+
+
+def test_a_damaged_training_checkpoint_is_refused_by_name(finetuning, tmp_path):
+    model, trainer = finetuning(peft_scheme="tied_lora", trainer={"max_steps": 2})
+    trainer.fit(model)
+    path = tmp_path / "run-last.ckpt"
+    trainer.save_checkpoint(path)
+    assert trainer.strategy.load_checkpoint(path)["adapters"]["tied_lora"]
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        contents = [whole.index(archive.read(member)) for member in archive.infolist() if member.file_size > 64]
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in contents]
+    assert len(flipped) > 2
+    for damaged in (*flipped, whole[: len(whole) // 2], b"not a checkpoint", b""):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match="run-last.ckpt': damaged or cut off"):
+            trainer.strategy.load_checkpoint(path)
 
 
 def test_gradients_are_not_reduced_before_they_are_whole(finetuning):
