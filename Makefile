@@ -20,7 +20,7 @@ demo: setup
 	$(PY) examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
 
 test: setup lint
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -29,9 +29,9 @@ def host_without(nemo):
     return enter
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quiet():
-    """NeMo logs its whole configuration for every model."""
+    """NeMo logs its whole configuration for every model; other folders' tests read logs."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
