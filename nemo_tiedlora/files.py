@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from nemo_tiedlora.errors import UsageError
 
@@ -22,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         UsageError: the disk is full; the old file is as it was.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")  # processes of several machines may write here
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished

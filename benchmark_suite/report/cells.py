@@ -33,6 +33,7 @@ OPTIONAL = {
     "data_sha256": TEXT,
     "base": TEXT,
     "base_sha256": TEXT,
+    "precision": TEXT,
     "error": TEXT,
 }
 
@@ -75,6 +76,7 @@ class Cell:
     data_sha256: str | None = None
     base: str | None = None
     base_sha256: str | None = None
+    precision: str | None = None
     error: str | None = None
 
     @property

@@ -33,7 +33,10 @@ def scores(cell: Cell) -> dict[str, numpy.ndarray]:
         raise Unpaired("broken predictions") from None
     if len(found) != cell.test.count:
         raise Unpaired(f"{len(found)} predictions for {cell.test.count} examples")
-    recomputed = cell.test.scale * value(cell.primary, sum(found.values())[None])[0]
+    try:
+        recomputed = cell.test.scale * value(cell.primary, sum(found.values())[None])[0]
+    except (ValueError, IndexError):
+        raise Unpaired("broken predictions") from None
     if not numpy.isclose(recomputed, cell.test.value, rtol=1e-6, atol=1e-9):
         raise Unpaired("examples and score disagree")
     return found

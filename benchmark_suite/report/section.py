@@ -87,9 +87,10 @@ def _short(value: object) -> str:
 
 
 def sections(cells: Sequence[Cell], against: str) -> list[Section]:
-    """Split evaluated cells by base."""
+    """Split evaluated cells by base and its precision."""
 
     def base(cell: Cell) -> tuple[str, str]:
-        return cell.base or "", cell.base_sha256 or ""
+        name = cell.base or ""
+        return f"{name} in {cell.precision}" if cell.precision not in (None, "32") else name, cell.base_sha256 or ""
 
     return [Section(*key, list(group), against) for key, group in groupby(sorted(cells, key=base), key=base)]

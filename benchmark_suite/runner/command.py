@@ -94,7 +94,7 @@ def _sweep(
 ):  # fmt: skip
     from benchmark_suite.runner.guard import survive
 
-    survive(results)
+    first = survive(results) == 0
     from benchmark_suite import registry
     from benchmark_suite.runner import sweep as sweeping
     from benchmark_suite.runner.runner import Runner
@@ -116,7 +116,7 @@ def _sweep(
     if part:
         cells = sweeping.part_of(cells, part)
     with Runner(base, results, with_data, str(precision)) as runner:
-        found = sweeping.sweep(runner, cells, retry_failed)
+        found = sweeping.sweep(runner, cells, retry_failed and first)
     if as_json:
         show({"results": found}, True)
     else:

@@ -11,24 +11,28 @@ PATIENCE = 6
 PR_SET_PDEATHSIG = 1
 
 
-def survive(results: Path) -> None:
+def survive(results: Path) -> int:
     """Return in a child process, which is started again whenever a signal ends it; this process ends as it does.
 
     Call it before anything heavy is imported: the child is a fork. Cells count their starts, so one that kills its
     process every time is given up. A child never outlives its parent.
 
     Args:
-        results: folder in which cells that are done leave a ``result.json``.
+        results: folder in which cells that have ended leave a ``result.json``.
+
+    Returns:
+        How often it was started before.
     """
-    deaths, known = 0, _results(results)
+    restarts, deaths, known = 0, 0, _results(results)
     while child := _fork():
         killer = _wait(child)
-        now = _results(results)
+        now, restarts = _results(results), restarts + 1
         deaths, known = (deaths + 1 if now == known else 1), now
         if killer in (signal.SIGINT, signal.SIGTERM) or deaths == PATIENCE:
             print(f"ended by {killer.name}; the same command goes on from here", file=sys.stderr)
             sys.exit(128 + killer)
         print(f"killed by {killer.name}; starting again", file=sys.stderr)
+    return restarts
 
 
 def _results(folder: Path) -> int:
@@ -48,14 +52,22 @@ def _fork() -> int:
 
 
 def _wait(child: int) -> signal.Signals:
-    """The signal that ended the child; where none did, end this process with its exit code."""
+    """The signal that ended the child, or that this process was told to end by; else end with the child's exit code."""
+    told = []
+
+    def forward(number: int, _) -> None:
+        told.append(signal.Signals(number))
+        os.kill(child, number)
+
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number)),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
     }
     _, status = os.waitpid(child, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
+    if told:  # Lightning ends on it with exit code 0
+        return told[0]
     if os.WIFSIGNALED(status):
         return signal.Signals(os.WTERMSIG(status))
     sys.exit(os.WEXITSTATUS(status))

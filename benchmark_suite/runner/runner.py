@@ -59,10 +59,11 @@ class Runner:
     def state(self, cell: Cell) -> str:
         """``new``, ``trained``, ``done`` or ``failed``."""
         result = read(cell.folder(self.results) / "result.json")
-        if result:
-            return result["status"]
+        status = result["status"] if result else "new"
+        if status in ("done", "failed"):
+            return status
         started = read(cell.folder(self.results) / "started.json") or {"attempts": 0}
-        return "failed" if started["attempts"] >= ATTEMPTS else "new"
+        return "failed" if started["attempts"] >= ATTEMPTS else status
 
     def train(self, cell: Cell, progress: Progress | None = None) -> dict[str, Any]:
         """Train a cell and evaluate it on the validation split."""
@@ -125,10 +126,10 @@ class Runner:
 
     def result(self, cell: Cell) -> dict[str, Any]:
         """What is known of a cell."""
-        result = read(cell.folder(self.results) / "result.json")
-        if result is None:  # killed every time
+        result = read(cell.folder(self.results) / "result.json") or self._record(cell)
+        if self.state(cell) == "failed" and result["status"] != "failed":  # killed every time
             error = f"ended without a result {ATTEMPTS} times (killed, or out of memory)"
-            result = self._record(cell) | {"status": "failed", "error": error}
+            result |= {"status": "failed", "error": error}
             self._write(cell, result)
         return result
 
@@ -155,6 +156,9 @@ class Runner:
             message = " ".join(f"{type(error).__name__}: {error}".split())
             result |= {"status": "failed", "error": message}
             self._write(cell, result)
+        except BaseException:  # stopped by the user or the cluster, which is no fault of the cell
+            write_text(folder / "started.json", json.dumps(started))
+            raise
         else:
             (folder / "started.json").unlink()
 

@@ -133,7 +133,7 @@ def sweep(runner: Runner, cells: Sequence[Cell], retry_failed: bool = False, sho
                     tell(cell)
                     runner.test(cell) if cell is best else runner.lost(cell)
             for cell in contest:
-                counts[runner.state(cell)] += 1
+                counts[runner.result(cell)["status"]] += 1
                 progress.update(overall, advance=1)
             tell(None)
     return [runner.result(cell) for cell in cells]

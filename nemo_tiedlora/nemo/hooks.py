@@ -112,9 +112,12 @@ class Conducting(Callback):
             tensors = {key: tensor for key, _, tensor in trained(inner(trainer), scheme)}
             adapted.synchroniser(tensors, variant.active_keys() if isinstance(variant, Dynamic) else None)
 
+    def on_exception(self, trainer, model, exception):
+        self.on_train_end(trainer, model)
+
     def on_train_end(self, trainer, model):
-        for chunk in model.model if model.use_mcore_dist_optim else ():
-            del chunk.finish_grad_sync
+        for chunk in model._unwrap_model_list():
+            vars(chunk).pop("finish_grad_sync", None)
         for conductor in self.conductors.values():
             conductor.leave()
 

@@ -108,8 +108,14 @@ def _check_optimizer(cfg: DictConfig, config: VariantConfig) -> None:
             raise UsageError("model.optim.name", name, "it would move inactive modules; use adamw or fused_adam")
         if config.lr_ratio != 1:
             raise UsageError("lr_ratio", config.lr_ratio, f"{name} has one learning rate; use adamw or fused_adam")
+        stages = cfg.get("pipeline_model_parallel_size", 1)
+        depth = max(1, cfg.num_layers // stages)
+        adapted = {(layer - 1) // depth for layer in config.layer_selection or range(1, cfg.num_layers + 1)}
+        if len(adapted) < stages:
+            way_out = f"a pipeline stage would train nothing, which {name} cannot; use adamw or fused_adam"
+            raise UsageError("layer_selection", config.layer_selection, way_out)
         overlapped = cfg.optim.get("overlap_grad_sync")
-        ranks = cfg.get("tensor_model_parallel_size", 1) * cfg.get("pipeline_model_parallel_size", 1)
+        ranks = cfg.get("tensor_model_parallel_size", 1) * stages
         if overlapped and ranks > 1:
             way_out = "would begin before gradients are whole over tensor and pipeline ranks; set it to false"
             raise UsageError("model.optim.overlap_grad_sync", overlapped, way_out)

@@ -70,8 +70,8 @@ def _sum(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], group: Callabl
     if not sizes:
         return
     gradients = {key: getattr(tensors[key], attribute) for key in sizes if key in tensors}
-    kind = next(iter(tensors.values()), torch.empty(0))
-    bucket = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=kind.device)
+    nccl = torch.distributed.get_backend(group()) == "nccl"  # a stage that trains nothing takes part too
+    bucket = torch.zeros(sum(sizes.values()), dtype=torch.float32, device="cuda" if nccl else "cpu")
     parts = dict(zip(sizes, bucket.split(list(sizes.values())), strict=True))
     for key, part in parts.items():
         if gradients.get(key) is not None:

@@ -160,6 +160,13 @@ def test_bases_are_kept_apart_and_differences_named(tmp_path):
     ]
 
 
+def test_precisions_are_kept_apart(tmp_path):
+    cell(tmp_path, "LoRA", 8, 50, precision="32")
+    cell(tmp_path, "LoRA", 2, 60, precision="bf16")
+    one, two = summarize(tmp_path, "LoRA").chapters
+    assert (one.section.base, two.section.base) == ("tiny.nemo", "tiny.nemo in bf16")
+
+
 def test_numbers():
     assert [numbers.size(value) for value in (None, 512, 2048, 3 * 2**30)] == ["", "512 B", "2.0 KiB", "3.00 GiB"]
     assert [numbers.percent(value) for value in (33.94, 0.0512)] == ["33.9 %", "0.051 %"]

@@ -140,6 +140,42 @@ def test_a_cell_that_kills_its_process_is_given_up_and_can_be_retried(runner):
     assert found["status"] == "done"
 
 
+def test_a_cell_that_kills_its_process_while_it_is_tested_is_given_up_too(runner):
+    one, (cell,) = runner()
+    one.train(cell)
+    (cell.folder(one.results) / "started.json").write_text(json.dumps({"attempts": ATTEMPTS}))
+    (found,) = sweeping.sweep(one, [cell], show=False)
+    assert found["status"] == "failed" and "killed" in found["error"]
+    assert json.loads((cell.folder(one.results) / "result.json").read_text()) == found
+
+
+def test_being_stopped_is_no_fault_of_a_cell(runner, monkeypatch):
+    one, (cell,) = runner()
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(one.bench), "trained", stopped)
+        for _ in range(ATTEMPTS + 1):
+            with pytest.raises(KeyboardInterrupt):
+                sweeping.sweep(one, [cell], show=False)
+    (found,) = sweeping.sweep(one, [cell], show=False)
+    assert found["status"] == "done"
+
+
+def test_a_sweep_told_to_end_says_so_by_its_exit_code(base, tmp_path):
+    process = command("sweep", "--tasks", "before-v1", "--variants", "TL5", "--results", str(tmp_path))
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.rglob("started.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(8)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert "ended by SIGTERM; the same command goes on from here" in err
+
+
 def test_baselines_leave_the_base_as_it_was(runner):
     """Full fine-tuning and NeMo's own schemes, then the first variant again: to the bit what it was."""
     one, cells = runner(

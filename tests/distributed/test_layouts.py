@@ -118,6 +118,7 @@ def test_every_layout_trains_the_same_model(layout, alone, name):
         assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=5e-3)
         return
     assert ranks[0]["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert len(reference["grad_norms"]) == CASES[name]["steps"] and min(reference["grad_norms"]) > 0
     assert ranks[0]["grad_norms"] == pytest.approx(reference["grad_norms"], rel=1e-3)
     assert CASES[name]["steps"] < STEPS or reference["losses"][-1] < reference["losses"][0]
     held = set()

@@ -9,6 +9,7 @@ import atexit
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -38,9 +39,13 @@ def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: 
     (folder / "job.json").write_text(json.dumps(job))
     parent = _parent()
     print(processes, folder, file=parent.stdin, flush=True)
-    answer = parent.stdout.readline().strip()
+    answered, _, _ = select.select([parent.stdout], [], [], 900)
+    answer = parent.stdout.readline().strip() if answered else "no answer in 15 minutes"
+    if answer != "done":
+        _parent.cache_clear()
+        os.killpg(parent.pid, signal.SIGKILL)
     said = "\n".join(path.read_text() for path in sorted(folder.glob("*.err")))
-    assert answer == "done", said[-6000:] or answer
+    assert answer == "done", said[-6000:] or answer or "the parent of the ranks ended"
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     return {name: [records[name] for records in ranks] for name in cases}
 
@@ -51,8 +56,9 @@ def _parent() -> subprocess.Popen:
     environment = toy.FRESH | {"PYTHONPATH": str(Path(toy.__file__).parent), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     parent = subprocess.Popen(
-        [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-    )
+        [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     atexit.register(parent.kill)
     return parent
 
@@ -99,6 +105,18 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
     counting = Collectives()
 
     class Watch(pl.Callback):
+        def on_train_start(self, trainer, model):
+            if model.use_mcore_dist_optim:  # NeMo does not log its norm
+                distributed = trainer.optimizers[0].mcore_optimizer
+                step = distributed.step
+
+                def told():
+                    done = step()
+                    record["grad_norms"].append(float(done[1]))
+                    return done
+
+                distributed.step = told
+
         def on_train_batch_start(self, trainer, model, batch, number):
             if trainer.global_step == steps - 1:
                 counting.__enter__()
@@ -110,7 +128,8 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
             record["losses"].append(float(trainer.callback_metrics["reduced_train_loss"]))
             if trainer.global_step == case.get("checkpoint", (None, 0))[1]:
                 trainer.save_checkpoint(case["checkpoint"][0])
-            record["grad_norms"].append(float(trainer.callback_metrics.get("grad_norm", 0)))
+            if not model.use_mcore_dist_optim:
+                record["grad_norms"].append(float(trainer.callback_metrics.get("grad_norm", 0)))
 
     precision = case.get("precision", 32)
     config.trainer.precision = precision

@@ -199,6 +199,9 @@ def test_gradients_are_not_reduced_before_they_are_whole(finetuning):
     config.pipeline_model_parallel_size = 2
     with pytest.raises(UsageError, match="^model.optim.overlap_grad_sync=True: would begin before"):
         FactorPEFTConfig("tied_lora", config)
+    config.peft.tied_lora_tuning = {"layer_selection": [1, 2]}
+    with pytest.raises(UsageError, match="^layer_selection=.*: a pipeline stage would train nothing"):
+        FactorPEFTConfig("tied_lora", config)
 
 
 def test_full_recomputation_gives_the_same_training(finetuning):
