@@ -195,7 +195,7 @@ def optimizer_steps_in_checkpoints(restore: Restore) -> None:
     from nemo.collections.nlp.parts import nlp_overrides
 
     stock_shard = nlp_overrides.optim_state_to_sharding_state
-    stock_load = nlp_overrides.NLPDDPStrategy.load_checkpoint
+    stock_load = nlp_overrides.NLPDDPStrategy.load_optimizer_state_dict
 
     @wraps(stock_shard)
     def shard(optim_state_dict, id_to_sharded_param_map, exclude_keys=()):
@@ -205,15 +205,14 @@ def optimizer_steps_in_checkpoints(restore: Restore) -> None:
             optim_state_dict["state"]["common_step"] = steps[0]
 
     @wraps(stock_load)
-    def load(self, *args, **kwargs):
-        checkpoint = stock_load(self, *args, **kwargs)
+    def load(self, checkpoint):
         for optimizer in checkpoint.get("optimizer_states") or ():
             states = optimizer.get("optimizer", optimizer).get("state", {})
             if "common_step" in states:
                 step = states.pop("common_step")
                 for state in states.values():
                     state["step"] = deepcopy(step)
-        return checkpoint
+        stock_load(self, checkpoint)
 
     restore.set(nlp_overrides, "optim_state_to_sharding_state", shard)
-    restore.set(nlp_overrides.NLPDDPStrategy, "load_checkpoint", load)
+    restore.set(nlp_overrides.NLPDDPStrategy, "load_optimizer_state_dict", load)

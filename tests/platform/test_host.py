@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -43,6 +44,26 @@ def test_exit_restores_every_attribute(nemo, monkeypatch):
     for now, then in zip(state(), before, strict=True):
         assert now.keys() == then.keys()
         assert all(now[name] is then[name] for name in now)
+
+
+def test_leaving_undoes_nothing_that_schemes_replace(nemo):
+    """Schemes are registered inside the host or before it is entered, and stay registered when it is left."""
+
+    def replaced():
+        classes = (NLPAdapterModelMixin, NLPSaveRestoreConnector, NLPDDPStrategy)
+        return {
+            (owner, name) for owner in classes for name, value in vars(owner).items() if type(value) is partialmethod
+        }
+
+    with platform.host():
+        from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+        from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
+
+        from nemo_tiedlora.nemo.hooks import register_schemes
+
+        register_schemes()
+        inside = replaced()
+    assert len(inside) > 7 and replaced() == inside
 
 
 def test_a_failing_patch_leaves_nothing_behind(nemo, monkeypatch):
