@@ -1,22 +1,12 @@
-"""Trains toy models in real processes over gloo, and brings back what every rank saw.
-
-As a script it is their parent: it imports NeMo once, and forks the ranks of every job that standard input names.
-"""
+"""Trains toy models in real processes over gloo, and brings back what every rank saw."""
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
-import select
-import signal
-import socket
-import subprocess
-import sys
-import traceback
 from pathlib import Path
 
+import forked
 import torch
 import toy
 
@@ -37,30 +27,9 @@ def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: 
     folder.mkdir(parents=True)
     job = {"cases": cases, "files": {name: str(path) for name, path in files.items()}, "layout": layout}
     (folder / "job.json").write_text(json.dumps(job))
-    parent = _parent()
-    print(processes, folder, file=parent.stdin, flush=True)
-    answered, _, _ = select.select([parent.stdout], [], [], 900)
-    answer = parent.stdout.readline().strip() if answered else "no answer in 15 minutes"
-    if answer != "done":
-        _parent.cache_clear()
-        os.killpg(parent.pid, signal.SIGKILL)
-    said = "\n".join(path.read_text() for path in sorted(folder.glob("*.err")))
-    assert answer == "done", said[-6000:] or answer or "the parent of the ranks ended"
+    forked.ranks(processes, rank_of, folder)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     return {name: [records[name] for records in ranks] for name in cases}
-
-
-@functools.cache
-def _parent() -> subprocess.Popen:
-    """The parent of all ranks, started when first needed; it ends with this process."""
-    environment = toy.FRESH | {"PYTHONPATH": str(Path(toy.__file__).parent), "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    parent = subprocess.Popen(
-        [sys.executable, __file__], env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    atexit.register(parent.kill)
-    return parent
 
 
 class Collectives:
@@ -160,57 +129,10 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
 
 def rank_of(folder: Path) -> None:
     """All cases of a job on this rank."""
-    job = json.loads((folder / "job.json").read_text())
-    records = {}
-    for name, case in job["cases"].items():
-        records[name] = train(case, job["files"], job["layout"], folder)
-    torch.save(records, folder / f"{os.environ['RANK']}.pt")
-
-
-def fork(folder: Path, rank: int, processes: int, port: int) -> int:
-    """Start one rank, with the environment that torchrun gives it; its process number."""
-    child = os.fork()
-    if child:
-        return child
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": folder.name}
-    os.environ |= {"GROUP_RANK": "0"}
-    code = 1
-    try:
-        rank_of(folder)
-        code = 0
-    except BaseException:
-        (folder / f"{rank}.err").write_text(f"rank {rank}: {traceback.format_exc()}")
-    finally:
-        os._exit(code)
-
-
-def main() -> None:
-    """Serve jobs until standard input ends."""
     from nemo_tiedlora import platform, register
 
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # NeMo prints
-    torch.set_num_threads(1)
+    job = json.loads((folder / "job.json").read_text())
     with platform.host():
         register()
-        for line in sys.stdin:
-            processes, folder = line.strip().split(" ", 1)
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            children = {fork(Path(folder), rank, int(processes), port) for rank in range(int(processes))}
-            failed = 0
-            while children:
-                child, status = os.wait()
-                children.discard(child)
-                if status and not failed:
-                    failed = status
-                    for other in children:  # they would wait for it
-                        os.kill(other, signal.SIGKILL)
-            print(f"failed with status {failed}" if failed else "done", file=answers)
-
-
-if __name__ == "__main__":
-    main()
+        records = {name: train(case, job["files"], job["layout"], folder) for name, case in job["cases"].items()}
+    torch.save(records, folder / f"{os.environ['RANK']}.pt")

@@ -3,13 +3,11 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
-import toy
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"
@@ -18,19 +16,11 @@ pytestmark = pytest.mark.slow
 
 
 def start(folder, *overrides):
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, *overrides],
-        cwd=folder,
-        env=toy.FRESH,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return forked.Script(SCRIPT, *overrides, cwd=folder)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=600)
-    return process.returncode, out, err
+def run(folder, *overrides):
+    return start(folder, *overrides).finish()
 
 
 def summary(out, folder):
@@ -78,19 +68,18 @@ DYNAMIC = (
 def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum, scheme):
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    whole = start(tmp_path / "whole", *SHORT, *scheme)
-    assert finish(whole)[0] == 0
+    assert run(tmp_path / "whole", *SHORT, *scheme)[0] == 0
     cut = start(tmp_path / "cut", *SHORT, *scheme)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "cut").rglob("*step=20*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     cut.send_signal(signum)
-    code, out, err = finish(cut)
+    code, out, err = cut.finish()
     assert code == 128 + signum, err[-2000:]
     assert "The same command continues from there." in out
     step = last_checkpoint(tmp_path / "cut")["global_step"]
     assert 20 <= step < 60
-    code, out, err = finish(start(tmp_path / "cut", *SHORT, *scheme))
+    code, out, err = run(tmp_path / "cut", *SHORT, *scheme)
     assert code == 0, err[-2000:]
     assert "resuming from" in out
     ours, reference = last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole")
@@ -106,7 +95,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path):
     often = ("trainer.val_check_interval=5", "exp_manager.exp_dir=runs", "exp_manager.name=run")
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
-    code, _, err = finish(start(tmp_path / "whole", *SHORT, *TIED, *often))
+    code, _, err = run(tmp_path / "whole", *SHORT, *TIED, *often)
     assert code == 0, err[-2000:]
     moments = random.Random(0)
     for _ in range(5):
@@ -117,9 +106,9 @@ def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path):
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.4))
         assert cut.poll() is None, "the run was over before it could be killed"
-        cut.kill()
-        cut.communicate()
-    code, out, err = finish(start(tmp_path / "cut", *SHORT, *TIED, *often))
+        cut.send_signal(signal.SIGKILL)
+        cut.finish()
+    code, out, err = run(tmp_path / "cut", *SHORT, *TIED, *often)
     assert code == 0, err[-2000:]
     assert_same(last_checkpoint(tmp_path / "cut")["adapters"], last_checkpoint(tmp_path / "whole")["adapters"])
 
@@ -139,30 +128,28 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         "exp_manager.exp_dir=/proc/nowhere": "cannot be written to",
     }
     for override, message in cases.items():
-        code, out, err = finish(start(tmp_path, override))
+        code, out, err = run(tmp_path, override)
         assert code == 2, override
         assert message in err and err.startswith("error: ") and err.count("\n") == 1 and not out, (override, err)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real rows are not beside the checkout")
 def test_real_rows_train_and_generate(tmp_path):
-    code, out, err = finish(
-        start(
-            tmp_path,
-            "model.peft.peft_scheme=tied_lora",
-            f"model.data.train_ds.file_names=[{DATA}/dialogsum/train.jsonl]",
-            f"model.data.validation_ds.file_names=[{DATA}/dialogsum/validation.jsonl]",
-            'model.data.train_ds.prompt_template="{dialogue}\\nSummary: {summary}"',
-            "model.data.train_ds.label_key=summary",
-            "model.data.train_ds.truncation_field=dialogue",
-            "model.data.train_ds.max_seq_length=256",
-            "model.global_batch_size=4",
-            "model.micro_batch_size=4",
-            "model.optim.lr=2e-2",
-            "trainer.max_steps=40",
-            "trainer.val_check_interval=20",
-            "trainer.limit_val_batches=4",
-        )
+    code, out, err = run(
+        tmp_path,
+        "model.peft.peft_scheme=tied_lora",
+        f"model.data.train_ds.file_names=[{DATA}/dialogsum/train.jsonl]",
+        f"model.data.validation_ds.file_names=[{DATA}/dialogsum/validation.jsonl]",
+        'model.data.train_ds.prompt_template="{dialogue}\\nSummary: {summary}"',
+        "model.data.train_ds.label_key=summary",
+        "model.data.train_ds.truncation_field=dialogue",
+        "model.data.train_ds.max_seq_length=256",
+        "model.global_batch_size=4",
+        "model.micro_batch_size=4",
+        "model.optim.lr=2e-2",
+        "trainer.max_steps=40",
+        "trainer.val_check_interval=20",
+        "trainer.limit_val_batches=4",
     )
     assert code == 0, err[-2000:]
     facts = summary(out, tmp_path)
@@ -172,9 +159,8 @@ def test_real_rows_train_and_generate(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["vera", "lora", "adapter", "ia3", "ptuning", "none"])
 def test_every_scheme_runs_through_the_same_script(tmp_path, scheme):
-    code, out, err = finish(
-        start(tmp_path, f"model.peft.peft_scheme={scheme}", "trainer.max_steps=20", "trainer.val_check_interval=20")
-    )
+    steps = ("trainer.max_steps=20", "trainer.val_check_interval=20")
+    code, out, err = run(tmp_path, f"model.peft.peft_scheme={scheme}", *steps)
     assert code == 0, err[-2000:]
     facts = summary(out, tmp_path)
     assert facts["scheme"] == scheme and facts["trainable"] > 0 and Path(facts["adapter"]).is_file()
@@ -186,31 +172,26 @@ def test_groups_are_found_first_and_modules_take_turns(tmp_path):
     (tmp_path / "text.txt").write_text("In line: Emma Ben Vera Leo.\nIn line: Anna Carl Kate Mary Jack.\n")
     calibration = "{data: text.txt, threshold: 0.5}"
     missing = "model.peft.share_lora_tuning.groups={data: missing.txt}"
-    code, _, err = finish(start(tmp_path, "model.peft.peft_scheme=share_lora", missing))
+    code, _, err = run(tmp_path, "model.peft.peft_scheme=share_lora", missing)
     assert code == 2 and "missing.txt': no such file" in err and err.count("\n") == 1
-    code, out, err = finish(
-        start(
-            tmp_path,
-            "model.peft.peft_scheme=dyna_lora",
-            "model.peft.dyna_lora_tuning.inner=share_lora",
-            f"model.peft.dyna_lora_tuning.settings={{groups: {calibration}}}",
-            "model.peft.dyna_lora_tuning.period=5",
-            "trainer.max_steps=12",
-            "trainer.val_check_interval=12",
-        )
+    code, out, err = run(
+        tmp_path,
+        "model.peft.peft_scheme=dyna_lora",
+        "model.peft.dyna_lora_tuning.inner=share_lora",
+        f"model.peft.dyna_lora_tuning.settings={{groups: {calibration}}}",
+        "model.peft.dyna_lora_tuning.period=5",
+        "trainer.max_steps=12",
+        "trainer.val_check_interval=12",
     )
     assert code == 0, err[-2000:]
     facts = summary(out, tmp_path)
-    run = (tmp_path / out.splitlines()[-1]).parent
-    found = json.loads((run / "groups" / "groups.json").read_text())
-    history = json.loads((run / "allocations.json").read_text())
+    here = (tmp_path / out.splitlines()[-1]).parent
+    found = json.loads((here / "groups" / "groups.json").read_text())
+    history = json.loads((here / "allocations.json").read_text())
     assert [entry["step"] for entry in history["log"]] == [0, 5, 10]
     assert sum(history["active_steps"]) == 12 * 3  # two thirds of four layers
-    inspected = subprocess.run(
-        [sys.executable, "-m", "nemo_tiedlora.cli", "inspect", "--json", facts["adapter"]],
-        env=toy.FRESH, capture_output=True, text=True,
-    )  # fmt: skip
-    saved = json.loads(inspected.stdout)
+    _, out, _ = forked.script("-m", "nemo_tiedlora.cli", "inspect", "--json", facts["adapter"])
+    saved = json.loads(out)
     assert saved["scheme"] == "dyna_lora" and saved["settings"]["groups"] == found["groups"]
     assert saved["trainable"] == facts["trainable"] == found["trainable"]
 
@@ -218,11 +199,11 @@ def test_groups_are_found_first_and_modules_take_turns(tmp_path):
 def test_training_goes_on_from_a_saved_adapter_with_its_settings(tmp_path):
     first = ("model.peft.tied_lora_tuning.rank=4", "model.peft.tied_lora_tuning.preset=TL2")
     steps = ("trainer.max_steps=20", "trainer.val_check_interval=20", "model.data.validation_ds.metric.name=loss")
-    code, out, err = finish(start(tmp_path, *first, *steps))
+    code, out, err = run(tmp_path, *first, *steps)
     assert code == 0, err[-2000:]
     trained = summary(out, tmp_path)
     restored = f"model.peft.restore_from_path={trained['adapter']}"
-    code, out, err = finish(start(tmp_path, restored, *steps, "exp_manager.exp_dir=again"))
+    code, out, err = run(tmp_path, restored, *steps, "exp_manager.exp_dir=again")
     assert code == 0, err[-2000:]
     continued = summary(out, tmp_path)
     assert continued["trainable"] == trained["trainable"]
@@ -230,7 +211,7 @@ def test_training_goes_on_from_a_saved_adapter_with_its_settings(tmp_path):
 
 
 def test_verbose_brings_the_log_of_nemo_back(tmp_path):
-    code, out, err = finish(start(tmp_path, "verbose=true", "trainer.max_steps=2", "trainer.val_check_interval=2"))
+    code, out, err = run(tmp_path, "verbose=true", "trainer.max_steps=2", "trainer.val_check_interval=2")
     assert code == 0, err[-2000:]
     assert "NeMo I" in out
 
@@ -240,13 +221,10 @@ def test_generation_reads_arguments_a_file_and_standard_input(tmp_path):
     prompts = ["In line: Emma Ben Vera Leo. After Ben comes", "Привет, 世界"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     outputs = []
-    for arguments, stdin in ((prompts, None), (["--file", "prompts.txt"], None), ([], "\n".join(prompts))):
-        done = subprocess.run(
-            [sys.executable, script, "--tokens", "4", "--json", *arguments],
-            cwd=tmp_path, env=toy.FRESH, input=stdin, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        outputs.append([json.loads(line) for line in done.stdout.splitlines()])
+    for arguments, stdin in ((prompts, ""), (["--file", "prompts.txt"], ""), ([], "\n".join(prompts))):
+        code, out, err = forked.script(script, "--tokens", "4", "--json", *arguments, cwd=tmp_path, stdin=stdin)
+        assert code == 0, err[-2000:]
+        outputs.append([json.loads(line) for line in out.splitlines()])
     assert outputs[0] == outputs[1] == outputs[2]
     assert [line["prompt"] for line in outputs[0]] == prompts
 
@@ -254,8 +232,5 @@ def test_generation_reads_arguments_a_file_and_standard_input(tmp_path):
 def test_generation_refuses_an_adapter_that_is_none(tmp_path):
     (tmp_path / "no.nemo").write_text("text")
     script = ROOT / "examples" / "megatron_gpt_generate.py"
-    done = subprocess.run(
-        [sys.executable, script, "--adapter", "no.nemo", "--base", "no.nemo", "hello"],
-        cwd=tmp_path, env=toy.FRESH, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "base='no.nemo'" in done.stderr
+    code, _, err = forked.script(script, "--adapter", "no.nemo", "--base", "no.nemo", "hello", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "base='no.nemo'" in err

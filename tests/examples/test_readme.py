@@ -39,6 +39,7 @@ def test_every_command_runs_and_the_demo_learns(checkout):
             ["bash", "-euc", command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert "NeMo I" not in done.stdout + done.stderr
         if command == "make demo":
             summary = json.loads((checkout / done.stdout.splitlines()[-1]).read_text())
             assert summary["metric_before"] < 0.1 and summary["metric_after"] > 0.9

@@ -1,11 +1,11 @@
 """Tied-LoRA inside NeMo: real Megatron layers, real training, real ``.nemo`` files."""
 
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import toy
@@ -133,10 +133,9 @@ with generator(base, adapter) as loaded:
 sys.exit(0 if same else 1)
 """
     arguments = [files["llama"], tmp_path / "adapter.nemo", tmp_path / "expected.pt", CHUNK]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=toy.FRESH, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "code.py").write_text(code)
+    exit_code, _, err = forked.script(tmp_path / "code.py", *arguments)
+    assert exit_code == 0, err[-2000:]
 
 
 def test_bf16_trains(finetuning):

@@ -1,9 +1,8 @@
 """``tiedlora analyze`` on saved adapters of a real base, against numpy's decompositions of what was saved."""
 
 import json
-import subprocess
-import sys
 
+import forked
 import numpy
 import pytest
 import torch
@@ -17,10 +16,9 @@ LAYERS, HIDDEN, RANK = 4, 32, 4
 
 
 def analyze(*arguments):
-    command = [sys.executable, "-m", "nemo_tiedlora.cli", "analyze", *map(str, arguments), "--json"]
-    done = subprocess.run(command, env=toy.FRESH, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    code, out, err = forked.script("-m", "nemo_tiedlora.cli", "analyze", *arguments, "--json")
+    assert code == 0, err[-2000:]
+    return json.loads(out)
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
+import forked
 import pytest
 import torch
-import toy
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo import calibrate
@@ -57,12 +55,11 @@ def test_the_command_writes_groups_that_share_lora_takes(files, tmp_path):
 
     (tmp_path / "text.txt").write_text("what is 1 plus 2?\nwhat is 3 plus 4? the answer is 7.\n")
     out = tmp_path / "out" / "groups.json"
-    arguments = ["groups", "--base", str(files["llama"]), "--data", str(tmp_path / "text.txt")]
-    arguments += ["--threshold", "0.5", "--out", str(out), "--json", "--rank", "4"]
-    command = [sys.executable, "-m", "nemo_tiedlora.cli", *arguments]
-    done = subprocess.run(command, env=toy.FRESH, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout)["groups"] == json.loads(out.read_text())["groups"]
+    arguments = ["groups", "--base", files["llama"], "--data", tmp_path / "text.txt"]
+    arguments += ["--threshold", "0.5", "--out", out, "--json", "--rank", "4"]
+    code, said, err = forked.script("-m", "nemo_tiedlora.cli", *arguments)
+    assert code == 0, err[-2000:]
+    assert json.loads(said)["groups"] == json.loads(out.read_text())["groups"]
     written = json.loads(out.read_text())
     assert written["base_sha256"] == hashlib.sha256(files["llama"].read_bytes()).hexdigest()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

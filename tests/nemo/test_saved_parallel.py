@@ -1,13 +1,9 @@
-"""Two gloo processes, tensor- or pipeline-parallel: one adapter file, NeMo's per-rank files converted, a sharded base.
-
-As a script it is one rank.
-"""
+"""Two gloo processes, in tensor or pipeline parallel: adapter files, NeMo's per-rank files converted, sharded bases."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import toy
@@ -62,12 +58,7 @@ def test_two_processes_write_what_one_reads(files, tmp_path, layout):
 
     names = {name: str(path) for name, path in files.items()}
     (tmp_path / "job.json").write_text(json.dumps({"files": names, "layout": LAYOUTS[layout]}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = toy.FRESH | {"PYTHONPATH": f"{Path(toy.__file__).parent}:{Path(toy.__file__).parents[1]}"}
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked.ranks(2, worker, tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
 
     for scheme in SCHEMES:
@@ -92,7 +83,6 @@ def test_two_processes_write_what_one_reads(files, tmp_path, layout):
 def worker(folder: Path) -> None:
     from nemo_tiedlora import platform, register
 
-    torch.set_num_threads(1)
     job = json.loads((folder / "job.json").read_text())
     with platform.host():
         register()
@@ -113,7 +103,3 @@ def worker(folder: Path) -> None:
         model.save_to(str(folder / "old.nemo"))
         if torch.distributed.get_rank() == 0:
             (folder / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

@@ -2,10 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import toy
 
@@ -31,12 +30,7 @@ def test_two_processes_train_like_one(world, finetuning, tmp_path, scheme, layou
 
     losses, norm = train(finetuning("llama", scheme))
     OmegaConf.save(finetuning("llama", scheme, **layout), tmp_path / "config.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(toy.__file__).parent))
-    run = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    forked.ranks(2, worker, tmp_path)
     for rank in range(2):
         parallel_losses, parallel_norm = json.loads((tmp_path / f"{rank}.json").read_text())
         assert parallel_losses == pytest.approx(losses, abs=2e-4)
@@ -51,7 +45,3 @@ def worker(folder: Path):
 
         result = train(OmegaConf.load(folder / "config.yaml"))
         (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

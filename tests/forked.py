@@ -1,0 +1,128 @@
+"""Processes of their own that begin with NeMo imported, which takes nine seconds: forks of one server per test process.
+
+They stand for `python SCRIPT` and for torchrun; tests of how a script starts run it as it is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import toy
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["preloaded"])
+HERE = Path(__file__).parent
+ENVIRONMENT = toy.FRESH | {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
+
+
+class Script:
+    """A running `python ARGUMENTS`, where the first argument is a script, or -m and the second one a module."""
+
+    def __init__(self, *arguments: Any, cwd: Path | None = None, stdin: str = ""):
+        self._streams = TemporaryDirectory()
+        self._paths = [Path(self._streams.name) / name for name in ("in", "out", "err")]
+        self._paths[0].write_text(stdin)
+        arguments = list(map(str, arguments))
+        self._process = _started(_run_script, self._paths, str(cwd or Path.cwd()), arguments)
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self._process.pid, number)
+
+    def finish(self, timeout: float = 600) -> tuple[int, str, str]:
+        """Wait for its end: the exit code, what it wrote to standard output, and to standard error."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
+            raise subprocess.TimeoutExpired("script", timeout)
+        _, out, err = (path.read_text() for path in self._paths)
+        self._streams.cleanup()
+        return self.poll(), out, err
+
+
+def script(*arguments: Any, **options: Any) -> tuple[int, str, str]:
+    """Run `python ARGUMENTS` to its end: the exit code, standard output and standard error."""
+    return Script(*arguments, **options).finish()
+
+
+def ranks(processes: int, target: Callable, *arguments: Any, timeout: float = 900) -> None:
+    """Run ``target(*arguments)`` in processes with the environment that torchrun gives; where one fails, end them all.
+
+    Raises:
+        AssertionError: with the traceback of those that failed.
+    """
+    with TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        group = [
+            _started(_run_rank, Path(folder), rank, processes, port, target, arguments) for rank in range(processes)
+        ]
+        waiting = {rank.sentinel: rank for rank in group}
+        while waiting:
+            ended = connection.wait(waiting, timeout)
+            codes = [waiting.pop(sentinel).exitcode for sentinel in ended]
+            if not ended or any(codes):
+                for rank in waiting.values():  # they would wait for the others
+                    rank.kill()
+                said = "\n".join(path.read_text() for path in sorted(Path(folder).iterdir()))
+                raise AssertionError(said[-6000:] or f"a rank ended with {codes} (none: after {timeout} s)")
+
+
+def _started(target: Callable, *arguments: Any) -> multiprocessing.Process:
+    with _environment(ENVIRONMENT):
+        forkserver.ensure_running()
+    process = CONTEXT.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+@contextmanager
+def _environment(values: dict[str, str]):
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _run_script(streams: list[Path], folder: str, arguments: list[str]) -> None:
+    for number, (path, mode) in enumerate(zip(streams, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
+        os.dup2(os.open(path, mode), number)
+    sys.stdin = open(0, closefd=False)
+    os.chdir(folder)
+    module = arguments[0] == "-m"
+    sys.argv = arguments[module:]
+    sys.path[0] = folder if module else str(Path(arguments[0]).parent)
+    run = runpy.run_module if module else runpy.run_path
+    run(sys.argv[0], run_name="__main__", **({"alter_sys": True} if module else {}))
+
+
+def _run_rank(folder: Path, rank: int, processes: int, port: int, target: Callable, arguments: tuple) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": folder.name}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    try:
+        target(*arguments)
+    except BaseException:
+        (folder / f"{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        os._exit(1)
+    os._exit(0)
