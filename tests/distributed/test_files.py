@@ -5,14 +5,14 @@ import torch
 import world
 from test_layouts import CASES, LAYOUTS, files  # noqa: F401, the fixture
 
-SAVED = ["LoRA", "TL6", "VeRA", "ShareLoRA", "CondLoRA", "DynaLoRA", "DoRA and LoRA+"]
+SAVED = ["LoRA", "TL6", "VeRA", "ShareLoRA", "CondLoRA", "DynaLoRA", "TL6 with DoRA and LoRA+"]
 METHODS = ["TL6", "CondLoRA", "DynaLoRA"]
 #: Layout → the runs that go on under it, and the layout they began with.
 RESUMED = {
-    "alone": dict.fromkeys([*METHODS, "distributed optimizer"], "alone"),
+    "alone": dict.fromkeys([*METHODS, "TL6, distributed optimizer"], "alone"),
     "PP2": dict.fromkeys(METHODS, "alone"),
-    "DP2": {"distributed optimizer": "alone"},
-    "TP2": dict.fromkeys(METHODS, "PP2") | {"distributed optimizer": "DP2"},
+    "DP2": {"TL6, distributed optimizer": "alone"},
+    "TP2": dict.fromkeys(METHODS, "PP2") | {"TL6, distributed optimizer": "DP2"},
 }
 HALF, WHOLE = 5, 10
 
