@@ -14,11 +14,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import toy
 
@@ -87,21 +87,11 @@ def ranks(processes: int, target: Callable, *arguments: Any, timeout: float = 90
 
 
 def _started(target: Callable, *arguments: Any) -> multiprocessing.Process:
-    with _environment(ENVIRONMENT):
+    with patch.dict(os.environ, ENVIRONMENT, clear=True):
         forkserver.ensure_running()
     process = CONTEXT.Process(target=target, args=arguments)
     process.start()
     return process
-
-
-@contextmanager
-def _environment(values: dict[str, str]):
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(values)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def _run_script(streams: list[Path], folder: str, arguments: list[str]) -> None:
