@@ -55,18 +55,16 @@ def _wait(child: int) -> signal.Signals:
     """The signal that ended the child, or that this process was told to end by; else end with the child's exit code."""
     told = []
 
-    def forward(number: int, _) -> None:
+    def note(number: int, _) -> None:
         told.append(signal.Signals(number))
-        os.kill(child, number)
+        if number == signal.SIGTERM:  # a terminal sends SIGINT to both
+            os.kill(child, number)
 
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),  # a terminal sends it to both
-        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
-    }
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     _, status = os.waitpid(child, 0)
     for number, handler in before.items():
         signal.signal(number, handler)
-    if told:  # Lightning ends on it with exit code 0
+    if signal.SIGTERM in told or (told and status):  # Lightning ends on the first with exit code 0, on SIGINT with 1
         return told[0]
     if os.WIFSIGNALED(status):
         return signal.Signals(os.WTERMSIG(status))

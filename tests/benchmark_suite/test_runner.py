@@ -164,16 +164,18 @@ def test_being_stopped_is_no_fault_of_a_cell(runner, monkeypatch):
     assert found["status"] == "done"
 
 
-def test_a_sweep_told_to_end_says_so_by_its_exit_code(base, tmp_path):
-    process = command("sweep", "--tasks", "before-v1", "--variants", "TL5", "--results", str(tmp_path))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_sweep_told_to_end_says_so_by_its_exit_code(base, tmp_path, number):
+    arguments = ["sweep", "--tasks", "before-v1", "--variants", "TL5", "--results", str(tmp_path)]
+    process = command(*arguments, start_new_session=True)
     deadline = time.monotonic() + 200
     while not list(tmp_path.rglob("started.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(8)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
     _, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
-    assert "ended by SIGTERM; the same command goes on from here" in err
+    assert process.returncode == 128 + number, err[-2000:]
+    assert f"ended by {number.name}; the same command goes on from here" in err
 
 
 def test_baselines_leave_the_base_as_it_was(runner):
