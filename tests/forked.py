@@ -68,10 +68,10 @@ def ranks(processes: int, target: Callable, *arguments: Any, timeout: float = 90
     Raises:
         AssertionError: with the traceback of those that failed.
     """
-    with TemporaryDirectory() as folder, socket.socket() as free:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        free.close()
+    with TemporaryDirectory() as folder:
         group = [
             _started(_run_rank, Path(folder), rank, processes, port, target, arguments) for rank in range(processes)
         ]
@@ -95,15 +95,17 @@ def _started(target: Callable, *arguments: Any) -> multiprocessing.Process:
 
 
 def _run_script(streams: list[Path], folder: str, arguments: list[str]) -> None:
-    for number, (path, mode) in enumerate(zip(streams, (os.O_RDONLY, *[os.O_WRONLY | os.O_CREAT] * 2), strict=True)):
-        os.dup2(os.open(path, mode), number)
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, closefd=False)
     os.chdir(folder)
     module = arguments[0] == "-m"
     sys.argv = arguments[module:]
     sys.path[0] = folder if module else str(Path(arguments[0]).parent)
-    run = runpy.run_module if module else runpy.run_path
-    run(sys.argv[0], run_name="__main__", **({"alter_sys": True} if module else {}))
+    if module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _run_rank(folder: Path, rank: int, processes: int, port: int, target: Callable, arguments: tuple) -> None:

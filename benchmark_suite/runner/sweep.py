@@ -113,6 +113,7 @@ def sweep(runner: Runner, cells: Sequence[Cell], retry_failed: bool = False, sho
         overall = progress.add_task("", total=len(cells))
         current = progress.add_task("", total=None)
         counts = {"done": 0, "failed": 0}
+        results = {}
 
         def tell(cell: Cell | None) -> None:
             running = f"{cell.task.id} {cell.variant.name} {cell.name}" if cell else ""
@@ -133,10 +134,11 @@ def sweep(runner: Runner, cells: Sequence[Cell], retry_failed: bool = False, sho
                     tell(cell)
                     runner.test(cell) if cell is best else runner.lost(cell)
             for cell in contest:
-                counts[runner.result(cell)["status"]] += 1
+                results[cell.hash] = runner.result(cell)
+                counts[results[cell.hash]["status"]] += 1
                 progress.update(overall, advance=1)
             tell(None)
-    return [runner.result(cell) for cell in cells]
+    return [results[cell.hash] for cell in cells]
 
 
 def part_of(cells: Sequence[Cell], part: str) -> list[Cell]:

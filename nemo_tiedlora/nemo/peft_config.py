@@ -110,7 +110,7 @@ def _check_optimizer(cfg: DictConfig, config: VariantConfig) -> None:
             raise UsageError("lr_ratio", config.lr_ratio, f"{name} has one learning rate; use adamw or fused_adam")
         stages = cfg.get("pipeline_model_parallel_size", 1)
         depth = max(1, cfg.num_layers // stages)
-        adapted = {(layer - 1) // depth for layer in config.layer_selection or range(1, cfg.num_layers + 1)}
+        adapted = {layer // depth for layer in config.adapted_layers(cfg.num_layers)}
         if len(adapted) < stages:
             way_out = f"a pipeline stage would train nothing, which {name} cannot; use adamw or fused_adam"
             raise UsageError("layer_selection", config.layer_selection, way_out)

@@ -33,7 +33,7 @@ class Sizes:
 
 def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
     """The layers that ``config`` adapts in a model of this NeMo config."""
-    layers = [layer - 1 for layer in config.layer_selection or range(1, model.num_layers + 1)]
+    layers = config.adapted_layers(model.num_layers)
     return [Site(target, layer, *shape(target, model)) for target in expand(config.target_modules) for layer in layers]
 
 

@@ -4,6 +4,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from nemo_tiedlora.parallel.device import device_of
 from nemo_tiedlora.variants.dynamic import Alone
 
 
@@ -20,6 +21,7 @@ class Ranks(Alone):
         self.share = split + (1 - split) / ranks
 
     def within(self, powers: Tensor) -> Tensor:
+        powers = powers.to(device_of())
         if parallel_state.get_tensor_model_parallel_world_size() > 1:
             powers = powers * self.share.to(powers)[:, :, None]
             torch.distributed.all_reduce(powers, group=parallel_state.get_tensor_model_parallel_group())

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from nemo_tiedlora.parallel.cut import SHARDED_AXIS
+from nemo_tiedlora.parallel.device import device_of
 from nemo_tiedlora.variants import TensorSpec
 
 
@@ -70,8 +71,7 @@ def _sum(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], group: Callabl
     if not sizes:
         return
     gradients = {key: getattr(tensors[key], attribute) for key in sizes if key in tensors}
-    nccl = torch.distributed.get_backend(group()) == "nccl"  # a stage that trains nothing takes part too
-    bucket = torch.zeros(sum(sizes.values()), dtype=torch.float32, device="cuda" if nccl else "cpu")
+    bucket = torch.zeros(sum(sizes.values()), dtype=torch.float32, device=device_of(group()))
     parts = dict(zip(sizes, bucket.split(list(sizes.values())), strict=True))
     for key, part in parts.items():
         if gradients.get(key) is not None:

@@ -61,7 +61,7 @@ def attach(model: nn.Module, config: VariantConfig, targets: Sequence[str]) -> B
     sites = []
     for target in targets:
         for layer, name in enumerate(found[target]):
-            if config.layer_selection and layer + 1 not in config.layer_selection:
+            if layer not in config.adapted_layers(len(found[target])):
                 continue
             base = model.get_submodule(name)
             site = Site(target, layer, base.in_features, base.out_features)

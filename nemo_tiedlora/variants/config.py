@@ -69,6 +69,10 @@ class VariantConfig:
             if std is not None and not std > 0:
                 raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
 
+    def adapted_layers(self, number: int) -> list[int]:
+        """The layers to adapt, counted from 0, of a model that has ``number`` of them."""
+        return [layer - 1 for layer in self.layer_selection or range(1, number + 1)]
+
 
 def check_number(name: str, given: object) -> None:
     """Raise ``UsageError`` unless ``given`` is a number."""

@@ -60,7 +60,7 @@ class Shared(Variant):
         self.groups = self._groups()
         self.leader = {layer: group[0] for group in self.groups for layer in group}
         if config.rank_expansion == "budget":
-            adapted = {layer - 1 for layer in config.layer_selection or range(1, layers + 1)}
+            adapted = set(config.adapted_layers(layers))
             sharing = [[layer for layer in group if layer in adapted] for group in self.groups]
             self.rank = grouping.expanded_rank(config.rank, [group for group in sharing if group], len(adapted))
         elif config.rank_expansion != "none":

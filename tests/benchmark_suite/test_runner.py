@@ -168,9 +168,7 @@ def test_being_stopped_is_no_fault_of_a_cell(runner, monkeypatch):
 def test_a_sweep_told_to_end_says_so_by_its_exit_code(base, tmp_path, number):
     arguments = ["sweep", "--tasks", "before-v1", "--variants", "TL5", "--results", str(tmp_path)]
     process = command(*arguments, start_new_session=True)
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.rglob("started.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for("started.json", tmp_path)
     time.sleep(8)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
     _, err = process.communicate(timeout=100)
@@ -229,13 +227,17 @@ def command(*arguments, **options):
     )  # fmt: skip
 
 
+def wait_for(name, folder):
+    deadline = time.monotonic() + 200
+    while not list(folder.rglob(name)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_a_killed_sweep_goes_on_where_it_was(base, tmp_path):
     arguments = ["sweep", "--tasks", "before-v1,second-v1", "--variants", "TL5,LoRA", "--lrs", "1e-2",
                  "--steps", "30", "--limit", "32", "--results", str(tmp_path), "--json"]  # fmt: skip
     killed = command(*arguments)
-    deadline = time.monotonic() + 200
-    while not list(tmp_path.rglob("result.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for("result.json", tmp_path)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("predictions.jsonl")}

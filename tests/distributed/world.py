@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -25,9 +24,7 @@ def run(folder: Path, cases: dict[str, dict], files: dict[str, str], processes: 
         its history.
     """
     folder.mkdir(parents=True)
-    job = {"cases": cases, "files": {name: str(path) for name, path in files.items()}, "layout": layout}
-    (folder / "job.json").write_text(json.dumps(job))
-    forked.ranks(processes, rank_of, folder)
+    forked.ranks(processes, rank_of, folder, cases, files, layout)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
     return {name: [records[name] for records in ranks] for name in cases}
 
@@ -127,12 +124,11 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
     return record
 
 
-def rank_of(folder: Path) -> None:
-    """All cases of a job on this rank."""
+def rank_of(folder: Path, cases: dict, files: dict, layout: dict) -> None:
+    """All cases on this rank."""
     from nemo_tiedlora import platform, register
 
-    job = json.loads((folder / "job.json").read_text())
     with platform.host():
         register()
-        records = {name: train(case, job["files"], job["layout"], folder) for name, case in job["cases"].items()}
+        records = {name: train(case, files, layout, folder) for name, case in cases.items()}
     torch.save(records, folder / f"{os.environ['RANK']}.pt")

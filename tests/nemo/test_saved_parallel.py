@@ -56,9 +56,7 @@ def test_two_processes_write_what_one_reads(files, tmp_path, layout):
         model.save_to(str(tmp_path / f"{scheme}.nemo"))
         losses[scheme] = loss_of(config, tmp_path / f"{scheme}.nemo")
 
-    names = {name: str(path) for name, path in files.items()}
-    (tmp_path / "job.json").write_text(json.dumps({"files": names, "layout": LAYOUTS[layout]}))
-    forked.ranks(2, worker, tmp_path)
+    forked.ranks(2, worker, tmp_path, files, LAYOUTS[layout])
     found = json.loads((tmp_path / "found.json").read_text())
 
     for scheme in SCHEMES:
@@ -80,13 +78,12 @@ def test_two_processes_write_what_one_reads(files, tmp_path, layout):
         assert one.checksums(paths) == other.checksums(paths)
 
 
-def worker(folder: Path) -> None:
+def worker(folder: Path, files: dict[str, Path], layout: dict[str, int]) -> None:
     from nemo_tiedlora import platform, register
 
-    job = json.loads((folder / "job.json").read_text())
     with platform.host():
         register()
-        config = config_of(job["files"], {"peft_scheme": "none"}, folder, job["layout"])
+        config = config_of(files, {"peft_scheme": "none"}, folder, layout)
         model, _ = built(config)
         model.save_to(str(folder / "base.nemo"))
         found = {}
@@ -97,7 +94,7 @@ def worker(folder: Path) -> None:
             model.setup_complete = True
             model.save_to(str(folder / f"{scheme}-again.nemo"))
         peft = {"peft_scheme": "lora", "lora_tuning": toy.LORA | {"target_modules": toy.ALL_TARGETS, "alpha": 4}}
-        model, trainer = built(config_of(job["files"], peft, folder, job["layout"]))
+        model, trainer = built(config_of(files, peft, folder, layout))
         trainer.fit(model)
         found["lora"] = trainer.validate(model, verbose=False)[0]["validation_loss"]
         model.save_to(str(folder / "old.nemo"))
