@@ -3,7 +3,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-thorough lint clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ demo: setup
 	$(PY) examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
 
 test: setup lint
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough"
+
+# Hours: all layouts with all methods, hundreds of kills.
+test-thorough: setup lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
