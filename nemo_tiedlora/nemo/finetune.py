@@ -111,6 +111,8 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
     data = cfg.model.data
     names = data.train_ds.file_names
     with open_dict(cfg):
+        for size in ("global_batch_size", "micro_batch_size"):  # NeMo counts rows by those of the model
+            cfg.model[size] = data.train_ds[size]
         if isinstance(cfg.trainer.val_check_interval, float):
             cfg.trainer.val_check_interval = max(1, round(cfg.trainer.val_check_interval * cfg.trainer.max_steps))
         if data.train_ds.get("concat_sampling_probabilities") is None:

@@ -216,3 +216,68 @@ def optimizer_steps_in_checkpoints(restore: Restore) -> None:
 
     restore.set(nlp_overrides, "optim_state_to_sharding_state", shard)
     restore.set(nlp_overrides.NLPDDPStrategy, "load_optimizer_state_dict", load)
+
+
+@patch(needed=lambda: True)
+def micro_batches(restore: Restore) -> None:
+    """Generation, validation and testing set Megatron's micro-batch calculator to their own rows and leave it so.
+
+    Training then goes on in other pieces than asked for, or fails where those do not divide the batch. They leave it as
+    they found it, and training begins with the sizes of its own data.
+    """
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.core import parallel_state
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+
+    stock = MegatronGPTSFTModel
+    in_force = "_GLOBAL_NUM_MICROBATCHES_CALCULATOR"
+
+    def use(global_batch_size: int, micro_batch_size: int, ranks: int) -> None:
+        calculator.reconfigure_num_microbatches_calculator(0, None, global_batch_size, micro_batch_size, ranks)
+
+    def leaving_as_found(step):
+        @wraps(step)
+        def predict_step(self, batch, *args, **kwargs):
+            found = getattr(calculator, in_force)
+            rows = len(batch) if isinstance(batch, list) else len(batch["tokens"])
+            use(rows, rows, 1)  # it divides by the number in force, and generates in one piece anyway
+            try:
+                return step(self, batch, *args, **kwargs)
+            finally:
+                setattr(calculator, in_force, found)
+
+        return predict_step
+
+    def remembering(start):
+        @wraps(start)
+        def on_epoch_start(self):
+            self.__dict__["found_micro_batches"] = getattr(calculator, in_force)
+            return start(self)
+
+        return on_epoch_start
+
+    def putting_back(end):
+        @wraps(end)
+        def on_epoch_end(self):
+            ended = end(self)
+            if "found_micro_batches" in self.__dict__:  # NeMo also calls this where no epoch began
+                setattr(calculator, in_force, self.__dict__.pop("found_micro_batches"))
+            return ended
+
+        return on_epoch_end
+
+    def training(start):
+        @wraps(start)
+        def on_train_epoch_start(self):
+            start(self)
+            sizes = self.cfg.data.train_ds
+            use(sizes.global_batch_size, sizes.micro_batch_size, parallel_state.get_data_parallel_world_size())
+
+        return on_train_epoch_start
+
+    restore.set(stock, "predict_step", leaving_as_found(stock.predict_step))
+    for stage in ("validation", "test"):
+        for moment, change in (("start", remembering), ("end", putting_back)):
+            name = f"on_{stage}_epoch_{moment}"
+            restore.set(stock, name, change(getattr(stock, name)))
+    restore.set(stock, "on_train_epoch_start", training(stock.on_train_epoch_start))

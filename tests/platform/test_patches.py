@@ -324,6 +324,22 @@ def optimizer_steps_in_checkpoints(**_):
     assert state["state"]["common_step"].item() == 1 and adam.state[weight]["step"].item() == 1
 
 
+@probe
+def micro_batches(world, **_):
+    from megatron.core import num_microbatches_calculator as calculator
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+
+    with world(), mock.patch.object(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None):
+        calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)
+        found = calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
+        model = mock.Mock(spec=MegatronGPTSFTModel, **{"get_inference_config.return_value": {}})
+        generating = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.generate"
+        with mock.patch(generating, return_value="text"):
+            MegatronGPTSFTModel.predict_step(model, {"tokens": torch.zeros(3, 1), **dict.fromkeys(
+                ("contexts", "context_lengths"), torch.zeros(3, 1))}, 0)  # fmt: skip
+        assert calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is found
+
+
 @pytest.fixture
 def before_entering(monkeypatch, tmp_path):
     """What some probes need in place before any patch is applied."""
