@@ -12,6 +12,8 @@ from nemo_tiedlora.errors import UsageError
 
 #: What the system says when a disk, a quota or a file-size limit is full.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: Bytes of a file that takes a noticeable time to read through.
+LARGE = 2**28
 
 
 @contextmanager
@@ -68,6 +70,29 @@ def _is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_tiedlora"
+
+
+def content_of(path: Path) -> str:
+    """SHA-256 of a file (hexadecimal). Of a large one it is kept, for as long as the file's size and time stay."""
+    found = path.stat()
+    if found.st_size < LARGE:
+        return sha256_of(path)
+    identity = f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
+    kept = cache_folder() / "contents" / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        return kept.read_text("ascii")
+    except OSError:
+        content = sha256_of(path)
+    try:
+        write_text(kept, content)
+    except (OSError, UsageError):  # then it is read through again next time
+        pass
+    return content
 
 
 def sha256_of(path: Path) -> str:

@@ -13,7 +13,7 @@ class Facts(Callback):
         before: the metric before training, or None while unknown; ``generated_before``: sample completions then.
         seconds: spent in training steps, validation excluded.
         tokens: token positions that went through the model in training, padding included.
-        steps: optimizer steps taken.
+        steps: optimizer steps taken. ended: whether training ended in this process.
     """
 
     def __init__(self):
@@ -21,13 +21,13 @@ class Facts(Callback):
         self.generated_before: list[str] = []
         self.seconds, self.tokens, self.steps = 0.0, 0, 0
         self._started = None
-        self._ended = False
+        self.ended = False
 
     def state_dict(self):
         return {name: getattr(self, name) for name in ("before", "generated_before", "seconds", "tokens", "steps")}
 
     def load_state_dict(self, state):
-        if not self._ended:  # the best checkpoint, which is restored after training, knows less
+        if not self.ended:  # the best checkpoint, which is restored after training, knows less
             vars(self).update(state)
 
     def on_train_start(self, trainer, model):
@@ -48,6 +48,6 @@ class Facts(Callback):
         self.steps = trainer.global_step
 
     def on_train_end(self, trainer, model):
-        self._ended = True
+        self.ended = True
         if getattr(self, "_hook", None):
             self._hook.remove()

@@ -16,14 +16,18 @@ from rich.text import Text
 from nemo_tiedlora import platform
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.calibrate import Calibration, groups_file
 from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, saved_config, scheme_of
 from nemo_tiedlora.nemo.quiet import quiet
+from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.variants import SCHEMES, Dynamic, TiedConfig, VariantConfig, config_for
 
+#: In a run's folder: what came of it; and what decides that, where NeMo does not move it aside when a run continues.
+SUMMARY, RECORD = "summary.json", "checkpoints/run.json"
 #: The data sections of the config.
 SECTIONS = ("train_ds", "validation_ds", "test_ds")
 SAMPLES = 3
@@ -53,7 +57,6 @@ def finetune(cfg: DictConfig) -> Path:
     check(cfg, base)
     folder = choose_folder(cfg, as_asked)
     check_output(folder, "exp_manager.exp_dir")
-    write_text(folder / "config.yaml", as_asked)
     if cfg.model.data.train_ds.file_names is None:
         _use_builtin_task(cfg, folder)
     _complete(cfg, folder)
@@ -62,9 +65,16 @@ def finetune(cfg: DictConfig) -> Path:
         use_one_thread()
     with open_dict(cfg):
         cfg.model.restore_from_path = str(path)
+    record = Record.of(cfg)
+    changed = _continues(cfg, record, folder)
+    if not changed and (finished := _finished(cfg, folder)):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(finished)
+        return folder / SUMMARY
+    write_text(folder / "config.yaml", as_asked)
     _find_groups(cfg, folder)
     with quiet(not cfg.verbose) as results, platform.host():
-        return _run(cfg, base, as_asked, results)
+        return _run(cfg, base, as_asked, results, record, changed)
 
 
 def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
@@ -94,8 +104,41 @@ def _runs(root: Path) -> dict[int, Path]:
 
 def _unfinished(root: Path, as_asked: str) -> list[Path]:
     """The runs of this very config that have no summary, oldest first."""
-    configs = [run / "config.yaml" for run in _runs(root).values() if not (run / "summary.json").exists()]
+    configs = [run / "config.yaml" for run in _runs(root).values() if not (run / SUMMARY).exists()]
     return [config.parent for config in configs if config.exists() and config.read_text("utf-8") == as_asked]
+
+
+def _continues(cfg: DictConfig, record: Record, folder: Path) -> list[str]:
+    """What is another than when the run in the folder started, if there is one to go on with; see ``Record``.
+
+    Raises:
+        UsageError: what is there cannot be continued to the result that it would have had.
+    """
+    kept = folder / RECORD
+    checkpoints = cfg.exp_manager.checkpoint_callback_params.get("dirpath") or folder / "checkpoints"
+    begun = any(Path(checkpoints).glob("*.ckpt")) or any(Path(checkpoints).glob("*-last"))
+    if not cfg.exp_manager.resume_if_exists:
+        if begun:  # only in a folder that was given by its full name: NeMo would make another one
+            raise UsageError("exp_manager.explicit_log_dir", str(folder), "there is a run in it; name another folder")
+        return []
+    if kept.exists():
+        return record.check_continues(Record.read(kept), folder)
+    if begun:
+        way_out = "its checkpoints do not say what they were trained with; name another folder"
+        raise UsageError("exp_manager", str(folder), way_out)
+    return []
+
+
+def _finished(cfg: DictConfig, folder: Path) -> str | None:
+    """What to say of a run that has all it was to bring; None if something is left to do."""
+    path = folder / SUMMARY
+    if not cfg.exp_manager.resume_if_exists or not path.exists():
+        return None
+    summary = json.loads(path.read_text("utf-8"))
+    adapter = summary["adapter"]
+    if adapter and not Path(adapter).is_file():
+        return None
+    return f"already finished, after {summary['steps']} steps\nadapter: {adapter}\n{path}"
 
 
 def _use_builtin_task(cfg: DictConfig, folder: Path) -> None:
@@ -150,22 +193,26 @@ def _escaped(template: str) -> str:
     return plain.encode("unicode_escape").decode("ascii")
 
 
-def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> Path:
+def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, record: Record, changed: list[str]) -> Path:
     from nemo_tiedlora.nemo.facts import Facts
     from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
     from nemo_tiedlora.nemo.model import build_model, build_trainer
     from nemo_tiedlora.nemo.progress import ProgressBar
+    from nemo_tiedlora.nemo.resume import Recorded
 
     metric = cfg.model.data.validation_ds.metric.name
     facts = Facts()
-    trainer, folder = build_trainer(cfg, [facts, ProgressBar(f"validation_{metric}"), Interruptible()])
+    trainer, folder = build_trainer(
+        cfg, [facts, ProgressBar(f"validation_{metric}"), Interruptible(), Recorded(record)]
+    )
     say = _Say(results, trainer.is_global_zero)
     if trainer.is_global_zero:
         write_text(folder / "config.yaml", as_asked)  # again: on a resume, NeMo moves a folder's files aside
+        record.write(folder / RECORD)
     model = build_model(cfg, cfg.model.restore_from_path, trainer)
     scheme = scheme_of(cfg)
     if trainer.ckpt_path:
-        say(f"resuming from {trainer.ckpt_path}")
+        say("\n".join([f"resuming from {trainer.ckpt_path}", *changed]))
     else:
         facts.before = evaluate(trainer, model)
         facts.generated_before = [sample["generated"] for sample in generate_samples(model)]
@@ -176,6 +223,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
         say(f"{stopped}; {_where_saved(trainer, folder)}")
         sys.exit(128 + stopped.signum)
     trainer.ckpt_path = None  # else validation would load the checkpoint that this run resumed from
+    adapter = _exported(trainer, model, facts)
     if scheme in SCHEMES:
         trainable = sizes(_settings(cfg, scheme), base).trainable
     else:  # on this rank
@@ -193,14 +241,14 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
         "metric_after": after,
         "trainable": trainable,
         "percent_of_lora": round(percent, 2),
-        "adapter": trainer.checkpoint_callback and trainer.checkpoint_callback._format_nemo_checkpoint_name(),
+        "adapter": adapter and str(adapter),
         "seconds": round(facts.seconds, 2),
         "tokens_per_second": round(facts.tokens / max(facts.seconds, 1e-9)),
         "steps": facts.steps,
         "base": cfg.model.restore_from_path,
         "samples": samples,
     }
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     if trainer.is_global_zero:
         _write_allocations(model, folder)
         write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -209,10 +257,23 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO) -> P
         f"{scheme}: {metric} {_score(metric, facts.before)} before, {_score(metric, after)} after {facts.steps} steps\n"
         f"trainable parameters: {trainable:,} ({percent:.1f} % of LoRA)\n"
         f"speed: {summary['tokens_per_second']:,} tokens/s, {facts.seconds:.1f} s of training\n"
-        f"adapter: {summary['adapter']}\n"
+        f"adapter: {adapter or 'not saved (exp_manager.create_checkpoint_callback is false)'}\n"
         f"{path}"
     )
     return path
+
+
+def _exported(trainer, model, facts) -> Path | None:
+    """The adapter's file, of the best checkpoint; None if nothing was to be saved.
+
+    NeMo writes it when training ends. A run that was killed in between comes back with no step left to train.
+    """
+    saver = trainer.checkpoint_callback
+    if saver is None or not saver.save_nemo_on_train_end:
+        return None
+    if not facts.ended:
+        saver.on_train_end(trainer, model)
+    return Path(saver._format_nemo_checkpoint_name())
 
 
 def _write_allocations(model, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run with a checkpoint that continues to the same result."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run with a checkpoint that continues to the same result."""
 
 import random
 import signal
@@ -26,20 +26,27 @@ class Interruptible(Callback):
     The first signal only asks; a second one has its usual effect. Until training starts a signal has its usual effect
     too: there is nothing to save yet. All ranks stop at the same step.
 
-    Random number generators go into every checkpoint, and validation leaves them as they were: so that dropout goes on
-    as it would have, whichever checkpoint a run continues from.
+    Every step begins with the random number generators where the step before left them, in a checkpoint too: whatever
+    is in between (validation, new data loaders) also draws, and not the same in every process. So dropout goes on as it
+    would have, whichever checkpoint a run continues from.
     """
 
     def __init__(self):
         self._signum = 0
         self._previous = {}
-        self._resumed_states = self._states_before_validation = None
+        self._states = None  # after the last step
 
     def on_train_start(self, trainer, model):
-        if self._resumed_states:  # not before: making the data loaders draws random numbers
-            set_random_states(self._resumed_states)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self._previous[signum] = signal.signal(signum, self._ask)
+        # Lightning would train on until the next validation.
+        trainer.should_stop |= any(
+            stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks
+        )
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        if self._states:
+            set_random_states(self._states)
 
     def _ask(self, signum, frame):
         self._signum = signum
@@ -57,6 +64,7 @@ class Interruptible(Callback):
         self._put_back()
 
     def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self._states = random_states()
         signum = self._signum
         if trainer.world_size > 1:
             flag = torch.tensor([signum], device=model.device)
@@ -68,24 +76,17 @@ class Interruptible(Callback):
                 saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             raise Interrupted(signum, trainer.global_step)
 
-    def on_validation_start(self, trainer, model):
-        self._states_before_validation = random_states()
-
-    def on_validation_end(self, trainer, model):
-        set_random_states(self._states_before_validation)
-
     def on_save_checkpoint(self, trainer, model, checkpoint):
-        states = [None] * trainer.world_size
+        states = [self._states or random_states()]
         if trainer.world_size > 1:
-            torch.distributed.all_gather_object(states, random_states())
-        else:
-            states = [random_states()]
+            (mine,), states = states, [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, mine)
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer, model, checkpoint):
         states = checkpoint.get("random_states") or []
         # Another number of ranks draws other random numbers, whatever it starts from.
-        self._resumed_states = states[trainer.global_rank] if len(states) == trainer.world_size else None
+        self._states = states[trainer.global_rank] if len(states) == trainer.world_size else None
         # NeMo's loader of a resumed run holds the remaining batches only, but Lightning would count the done ones
         # against it, end the epoch early and then repeat the data.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.optimizer_states import inner, restore, states
+from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
 
 #: Where the whole tensors are in a checkpoint.
@@ -74,12 +76,40 @@ def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
     """NLPDDPStrategy's, for one file.
 
     Raises:
-        UsageError: the file is cut off or was changed.
+        UsageError: the file is cut off or was changed, or is of another run.
     """
     if Path(checkpoint_path).is_file() and only_ours(self.lightning_module):
         _check_intact(Path(checkpoint_path))
-        return self.checkpoint_io.load_checkpoint(checkpoint_path)
-    return stock(self, checkpoint_path, *args, **kwargs)
+        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
+    else:
+        checkpoint = stock(self, checkpoint_path, *args, **kwargs)
+    trainer = self.lightning_module.trainer
+    for callback in trainer.callbacks:
+        if isinstance(callback, Recorded):
+            callback.check(checkpoint, checkpoint_path, trainer.max_steps)
+    return checkpoint
+
+
+class Recorded(Callback):
+    """Puts into every checkpoint what its run was started with, and refuses those of another run."""
+
+    KEY = "run"
+
+    def __init__(self, record: Record):
+        self.record = record
+
+    def on_save_checkpoint(self, trainer, model, checkpoint):
+        checkpoint[self.KEY] = self.record.as_dict()
+
+    def check(self, checkpoint: dict[str, Any], path: str | Path, max_steps: int) -> None:
+        """Raise ``UsageError`` unless this run can go on from ``checkpoint``, before anything is taken from it."""
+        if self.KEY not in checkpoint:
+            way_out = "does not say what it was trained with; remove it to start again, or name another folder"
+            raise UsageError("checkpoint", str(path), way_out)
+        self.record.check_continues(Record(**checkpoint[self.KEY]), path)
+        if checkpoint["global_step"] > max_steps:
+            way_out = f"{path} is of step {checkpoint['global_step']} already; name another folder"
+            raise UsageError("trainer.max_steps", max_steps, way_out)
 
 
 def _check_intact(path: Path) -> None:

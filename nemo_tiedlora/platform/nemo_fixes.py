@@ -281,3 +281,27 @@ def micro_batches(restore: Restore) -> None:
             name = f"on_{stage}_epoch_{moment}"
             restore.set(stock, name, change(getattr(stock, name)))
     restore.set(stock, "on_train_epoch_start", training(stock.on_train_epoch_start))
+
+
+@patch(needed=lambda: True)
+def rows_by_epoch(restore: Restore) -> None:
+    """NeMo puts the epochs over a file in a random order, with the unfinished last one anywhere among them.
+
+    So which rows a step sees depends on `max_steps`, and a run that goes on for longer sees some twice and some never.
+    Epochs come one after the other, each shuffled as before. (Files of more than a million rows are shuffled in blocks
+    that are no epochs; they stay as they are.)
+    """
+    import numpy
+    from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
+
+    stock = OnlineSampleMapping.__init__
+
+    @wraps(stock)
+    def init(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+        if self.block_size == self.dataset_size:
+            order = numpy.argsort(self.block_idx_list)
+            self.block_idx_list, self.block_size_list = self.block_idx_list[order], self.block_size_list[order]
+            self.block_bins = numpy.cumsum(self.block_size_list)
+
+    restore.set(OnlineSampleMapping, "__init__", init)

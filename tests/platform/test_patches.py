@@ -340,6 +340,15 @@ def micro_batches(world, **_):
         assert calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is found
 
 
+@probe
+def rows_by_epoch(**_):
+    from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
+
+    short, long = (OnlineSampleMapping(7, samples)[:] for samples in (24, 60))
+    assert long[:24] == short
+    assert all(sorted(row for row, *_ in long[at : at + 7]) == list(range(7)) for at in range(0, 56, 7))
+
+
 @pytest.fixture
 def before_entering(monkeypatch, tmp_path):
     """What some probes need in place before any patch is applied."""
