@@ -29,14 +29,20 @@ ENVIRONMENT = toy.FRESH | {"PYTHONPATH": f"{HERE}:{HERE.parent}"}
 
 
 class Script:
-    """A running `python ARGUMENTS`, where the first argument is a script, or -m and the second one a module."""
+    """A running `python ARGUMENTS`, where the first argument is a script, or -m and the second one a module.
 
-    def __init__(self, *arguments: Any, cwd: Path | None = None, stdin: str = ""):
+    Args:
+        environment: what is in its environment besides what all have.
+    """
+
+    def __init__(
+        self, *arguments: Any, cwd: Path | None = None, stdin: str = "", environment: dict[str, str] | None = None
+    ):
         self._streams = TemporaryDirectory()
         self._paths = [Path(self._streams.name) / name for name in ("in", "out", "err")]
         self._paths[0].write_text(stdin)
         arguments = list(map(str, arguments))
-        self._process = _started(_run_script, self._paths, str(cwd or Path.cwd()), arguments)
+        self._process = _started(_run_script, self._paths, str(cwd or Path.cwd()), environment or {}, arguments)
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
@@ -62,18 +68,21 @@ def script(*arguments: Any, **options: Any) -> tuple[int, str, str]:
     return Script(*arguments, **options).finish()
 
 
+def torchrun(processes: int, *arguments: Any, **options: Any) -> list[Script]:
+    """`torchrun --nproc-per-node PROCESSES ARGUMENTS`, running: its ranks in order, with none to end the others."""
+    return [Script(*arguments, environment=environment, **options) for environment in _environments(processes)]
+
+
 def ranks(processes: int, target: Callable, *arguments: Any, timeout: float = 900) -> None:
     """Run ``target(*arguments)`` in processes with the environment that torchrun gives; where one fails, end them all.
 
     Raises:
         AssertionError: with the traceback of those that failed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with TemporaryDirectory() as folder:
         group = [
-            _started(_run_rank, Path(folder), rank, processes, port, target, arguments) for rank in range(processes)
+            _started(_run_rank, Path(folder), environment, target, arguments)
+            for environment in _environments(processes)
         ]
         waiting = {rank.sentinel: rank for rank in group}
         while waiting:
@@ -86,6 +95,17 @@ def ranks(processes: int, target: Callable, *arguments: Any, timeout: float = 90
                 raise AssertionError(said[-6000:] or f"a rank ended with {codes} (none: after {timeout} s)")
 
 
+def _environments(processes: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of its processes on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
+    named = [common | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+    return [{name: str(value) for name, value in one.items()} for one in named]
+
+
 def _started(target: Callable, *arguments: Any) -> multiprocessing.Process:
     with patch.dict(os.environ, ENVIRONMENT, clear=True):
         forkserver.ensure_running()
@@ -94,7 +114,8 @@ def _started(target: Callable, *arguments: Any) -> multiprocessing.Process:
     return process
 
 
-def _run_script(streams: list[Path], folder: str, arguments: list[str]) -> None:
+def _run_script(streams: list[Path], folder: str, environment: dict[str, str], arguments: list[str]) -> None:
+    os.environ.update(environment)
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, closefd=False)
@@ -108,13 +129,12 @@ def _run_script(streams: list[Path], folder: str, arguments: list[str]) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _run_rank(folder: Path, rank: int, processes: int, port: int, target: Callable, arguments: tuple) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": folder.name}
-    os.environ.update({name: str(value) for name, value in names.items()})
+def _run_rank(folder: Path, environment: dict[str, str], target: Callable, arguments: tuple) -> None:
+    os.environ.update(environment)
     try:
         target(*arguments)
     except BaseException:
-        (folder / f"{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        rank = environment["RANK"]
+        (folder / rank).write_text(f"rank {rank}: {traceback.format_exc()}")
         os._exit(1)
     os._exit(0)
