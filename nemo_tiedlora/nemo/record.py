@@ -114,7 +114,8 @@ class Record:
                 raise UsageError(name, now, f"{why}; {way_out}, or start with model.optim.sched.max_steps to be free")
         for name in sorted(self.files.keys() | earlier.files.keys()):
             if self.files.get(name) != earlier.files.get(name):
-                raise UsageError(name, self.files.get(name), f"{where} was started with other content; {way_out}")
+                content = [sha256[:12] for sha256 in self.files.get(name, ())]
+                raise UsageError(name, content, f"{where} was started with other content (SHA-256); {way_out}")
         for name in sorted(self.versions.keys() | earlier.versions.keys()):
             if self.versions.get(name) != earlier.versions.get(name):
                 said.append(f"{name} {self.versions.get(name)} from here on; it was {earlier.versions.get(name)}")
