@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -95,8 +96,8 @@ TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.Megat
 #: The file of a distributed checkpoint that has the tensors.
 PIECES = "__0_0.distcp"
 #: What a distributed checkpoint in PyTorch's format says of itself.
-BACKENDS = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, ' + (
-    '"common_backend": "torch", "common_backend_version": 1}'
+BACKENDS = dict(
+    sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
 )
 
 
@@ -191,7 +192,7 @@ def _distributed(weights: dict[str, Tensor]) -> dict[str, bytes]:
                 described[state] = listing.BytesStorageMetadata()
                 put(listing.MetadataIndex(state), [None])
     return {
-        "metadata.json": BACKENDS.encode(),
+        "metadata.json": json.dumps(BACKENDS).encode(),
         "common.pt": _torch_file({}),
         ".metadata": pickle.dumps(listing.Metadata(described, storage_data=stored)),
         PIECES: pieces.getvalue(),
