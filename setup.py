@@ -12,7 +12,10 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
-    package_data={"benchmark_suite": ["tasks/*.yaml", "variants/*.yaml", "report/templates/*"]},
+    package_data={
+        "benchmark_suite": ["tasks/*.yaml", "variants/*.yaml", "report/templates/*"],
+        "nemo_tiedlora.embedded": ["base.safetensors", "tokenizer.model"],
+    },
     entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
     install_requires=[
         "torch>=2.6",

@@ -1,1 +1,1 @@
-"""A base model and fine-tuning tasks that need no download: generated text, really pre-trained on, on any machine."""
+"""A base model and fine-tuning tasks that need no download: it was really pre-trained, on generated text."""

@@ -55,14 +55,14 @@ def finetune(cfg: DictConfig) -> Path:
     path = cfg.model.restore_from_path
     base = nemo_config(path, "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     check(cfg, base)
+    if not path:
+        path = embedded_base.base()
+        use_one_thread()
     folder = choose_folder(cfg, as_asked)
     check_output(folder, "exp_manager.exp_dir")
     if cfg.model.data.train_ds.file_names is None:
         _use_builtin_task(cfg, folder)
     _complete(cfg, folder)
-    if not path:
-        path = embedded_base.base()
-        use_one_thread()
     with open_dict(cfg):
         cfg.model.restore_from_path = str(path)
     record = Record.of(cfg)

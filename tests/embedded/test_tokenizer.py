@@ -2,12 +2,12 @@
 
 import pytest
 
-from nemo_tiedlora.embedded import language, tasks, tokenizer
+from nemo_tiedlora.embedded import base, language, tasks, tokenizer
 
 
 @pytest.fixture(scope="module")
-def pieces(tmp_path_factory):
-    return tokenizer.load(tokenizer.train(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"))
+def pieces():
+    return tokenizer.load(base.FOLDER / base.TOKENIZER)
 
 
 @pytest.mark.parametrize(
