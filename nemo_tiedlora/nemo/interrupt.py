@@ -7,6 +7,7 @@ from typing import Any
 import numpy
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
@@ -21,7 +22,8 @@ class Interrupted(Exception):
 class Interruptible(Callback):
     """Saves the last checkpoint and raises ``Interrupted`` at the end of the step in which a signal came.
 
-    A validation that was due after that step is made up for first thing when the run continues.
+    A validation that was due after that step is made up for first thing when the run continues; after the last step
+    there is nothing else left, so training ends as it would have.
 
     The first signal only asks; a second one has its usual effect. Until training starts a signal has its usual effect
     too: there is nothing to save yet. All ranks stop at the same step.
@@ -35,6 +37,7 @@ class Interruptible(Callback):
         self._signum = 0
         self._previous = {}
         self._states = None  # after the last step
+        self._validation_due = False
 
     def on_train_start(self, trainer, model):
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -70,8 +73,9 @@ class Interruptible(Callback):
             flag = torch.tensor([signum], device=model.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             signum = int(flag)
-        if signum:
-            saver = trainer.checkpoint_callback
+        if signum and trainer.global_step < trainer.max_steps:
+            loop, saver = trainer.fit_loop, trainer.checkpoint_callback
+            self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
             if saver is not None:
                 saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
             raise Interrupted(signum, trainer.global_step)
@@ -82,6 +86,7 @@ class Interruptible(Callback):
             (mine,), states = states, [None] * trainer.world_size
             torch.distributed.all_gather_object(states, mine)
         checkpoint["random_states"] = states
+        checkpoint["validation_due"] = self._validation_due
 
     def on_load_checkpoint(self, trainer, model, checkpoint):
         states = checkpoint.get("random_states") or []
@@ -92,6 +97,21 @@ class Interruptible(Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["current"] = dict.fromkeys(progress["current"], 0)
         progress["is_last_batch"] = False
+        trainer.fit_loop.epoch_loop.validation_due = checkpoint.get("validation_due", False)
+
+
+class Epochs(_TrainingEpochLoop):
+    """Lightning's loop over batches, which after a resume makes up for a validation that was due, and for no other.
+
+    Its own would repeat one that was done; NeMo's skips validation in the first step altogether.
+    """
+
+    validation_due = False
+
+    def reset(self) -> None:
+        super().reset()
+        self._restarting = self._restarting and self.validation_due
+        self.val_loop.restarting = False  # a validation is never resumed in its middle
 
 
 def random_states() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 
 from nemo_tiedlora import register
+from nemo_tiedlora.nemo.interrupt import Epochs
 from nemo_tiedlora.nemo.resume import keep_one_last
 
 
@@ -26,6 +27,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
     if named and manager.resume_if_exists:
         keep_one_last(Path(manager.explicit_log_dir or Path(manager.exp_dir) / manager.name))
     folder = exp_manager(trainer, cfg.exp_manager) if named else None
+    trainer.fit_loop.epoch_loop = Epochs(trainer, trainer.min_steps, trainer.max_steps)
     # Validate by steps of the whole run, not of an epoch, so that a resumed run keeps the rhythm. exp_manager compares
     # the epoch setting with a number, so it cannot be null from the start.
     trainer.check_val_every_n_epoch = None

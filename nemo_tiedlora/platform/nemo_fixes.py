@@ -305,3 +305,26 @@ def rows_by_epoch(restore: Restore) -> None:
             self.block_bins = numpy.cumsum(self.block_size_list)
 
     restore.set(OnlineSampleMapping, "__init__", init)
+
+
+@patch(needed=lambda: True)
+def generation_without_dropout(restore: Restore) -> None:
+    """Validation puts the model back to training after the loss, and then generates text for the metric: with dropout.
+
+    A model generates in evaluation mode, whatever it was in before.
+    """
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+
+    stock = MegatronGPTSFTModel.predict_step
+
+    @wraps(stock)
+    def predict_step(self, *args, **kwargs):
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            for module in training:
+                module.training = True
+
+    restore.set(MegatronGPTSFTModel, "predict_step", predict_step)

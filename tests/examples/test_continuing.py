@@ -120,7 +120,7 @@ def continues(path, undisturbed, method, moment, signal, code):
         ("TL6", "step=2", "SIGTERM", 143),  # a validation is due
         ("DynaLoRA", "step=3", "SIGHUP", 129),
         pytest.param("CondLoRA", "step=0", "SIGINT", 130, marks=pytest.mark.thorough),
-        pytest.param("TL6", "step=5", "SIGINT", 130, marks=pytest.mark.thorough),
+        pytest.param("TL6", "step=4", "SIGINT", 130, marks=pytest.mark.thorough),
         pytest.param("DynaLoRA", "step=4", "SIGKILL", -9, marks=pytest.mark.thorough),
     ],
 )
@@ -133,8 +133,16 @@ def test_a_stopped_run_continues_to_the_same_bits(tmp_path, undisturbed, method,
 def test_any_signal_at_any_step(tmp_path, undisturbed, number):
     draw = random.Random(number)
     signal, code = draw.choice([("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
-    method, step = draw.choice(list(METHODS)), draw.randrange(STEPS)
+    method, step = draw.choice(list(METHODS)), draw.randrange(STEPS - 1)
     continues(folder(tmp_path / "cut"), undisturbed, method, f"step={step}", signal, code)
+
+
+@pytest.mark.thorough
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path, undisturbed):
+    path = folder(tmp_path / "cut")
+    code, _, err = run(path, *METHODS["TL6"], moment=f"step={STEPS - 1}", signal="SIGTERM")
+    assert code == 0, err[-2000:]
+    assert adapter(path) == adapter(undisturbed("TL6"))
 
 
 @pytest.mark.parametrize("moment", ["export", pytest.param("summary", marks=pytest.mark.thorough)])

@@ -333,11 +333,30 @@ def micro_batches(world, **_):
         calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)
         found = calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
         model = mock.Mock(spec=MegatronGPTSFTModel, **{"get_inference_config.return_value": {}})
+        model.modules.return_value = []
         generating = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.generate"
         with mock.patch(generating, return_value="text"):
             MegatronGPTSFTModel.predict_step(model, {"tokens": torch.zeros(3, 1), **dict.fromkeys(
                 ("contexts", "context_lengths"), torch.zeros(3, 1))}, 0)  # fmt: skip
         assert calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is found
+
+
+@probe
+def generation_without_dropout(**_):
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+
+    class Model(torch.nn.Module):
+        predict_step = MegatronGPTSFTModel.predict_step
+
+        def get_inference_config(self):
+            assert not self.inner.training
+            raise StopIteration
+
+    model = Model()
+    model.inner = torch.nn.Dropout()
+    with pytest.raises(StopIteration):
+        model.predict_step({"tokens": torch.zeros(1, 1)}, 0)
+    assert model.inner.training
 
 
 @probe
