@@ -67,7 +67,7 @@ def finetune(cfg: DictConfig) -> Path:
         cfg.model.restore_from_path = str(path)
     record = Record.of(cfg)
     changed = _continues(cfg, record, folder)
-    if not changed and (finished := _finished(cfg, folder)):
+    if finished := _finished(cfg, folder):
         if int(os.environ.get("RANK", 0)) == 0:
             print(finished)
         return folder / SUMMARY
@@ -136,7 +136,7 @@ def _finished(cfg: DictConfig, folder: Path) -> str | None:
         return None
     summary = json.loads(path.read_text("utf-8"))
     adapter = summary["adapter"]
-    if adapter and not Path(adapter).is_file():
+    if summary["max_steps"] != cfg.trainer.max_steps or (adapter and not Path(adapter).is_file()):
         return None
     return f"already finished, after {summary['steps']} steps\nadapter: {adapter}\n{path}"
 
@@ -245,6 +245,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
         "seconds": round(facts.seconds, 2),
         "tokens_per_second": round(facts.tokens / max(facts.seconds, 1e-9)),
         "steps": facts.steps,
+        "max_steps": cfg.trainer.max_steps,
         "base": cfg.model.restore_from_path,
         "samples": samples,
     }
@@ -272,6 +273,7 @@ def _exported(trainer, model, facts) -> Path | None:
     if saver is None or not saver.save_nemo_on_train_end:
         return None
     if not facts.ended:
+        facts.ended = True
         saver.on_train_end(trainer, model)
     return Path(saver._format_nemo_checkpoint_name())
 

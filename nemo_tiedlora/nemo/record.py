@@ -105,13 +105,13 @@ class Record:
             now, then = self.settings.get(name), earlier.settings.get(name)
             if now == then:
                 continue
-            if SAID.fullmatch(name):
+            longer = name == "trainer.max_steps"
+            if SAID.fullmatch(name) or (longer and self._ends_anywhere()):
                 said.append(f"{name}={now} from here on; it was {then}")
-            elif name != "trainer.max_steps":
-                raise UsageError(name, now, f"{where} was started with {then!r}; {way_out}")
-            elif not self._ends_anywhere():
-                why = f"{where} was started with {then}, and its learning rates depend on it"
-                raise UsageError(name, now, f"{why}; {way_out}, or start with model.optim.sched.max_steps to be free")
+            else:
+                why = ", and its learning rates or order of rows depend on it" if longer else ""
+                free = ", or start with model.optim.sched.max_steps to be free of it" if longer else ""
+                raise UsageError(name, now, f"{where} was started with {then!r}{why}; {way_out}{free}")
         for name in sorted(self.files.keys() | earlier.files.keys()):
             if self.files.get(name) != earlier.files.get(name):
                 content = [sha256[:12] for sha256 in self.files.get(name, ())]

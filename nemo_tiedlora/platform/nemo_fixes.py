@@ -291,18 +291,18 @@ def rows_by_epoch(restore: Restore) -> None:
     Epochs come one after the other, each shuffled as before. (Files of more than a million rows are shuffled in blocks
     that are no epochs; they stay as they are.)
     """
-    import numpy
     from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
 
     stock = OnlineSampleMapping.__init__
 
     @wraps(stock)
-    def init(self, *args, **kwargs):
-        stock(self, *args, **kwargs)
-        if self.block_size == self.dataset_size:
-            order = numpy.argsort(self.block_idx_list)
-            self.block_idx_list, self.block_size_list = self.block_idx_list[order], self.block_size_list[order]
-            self.block_bins = numpy.cumsum(self.block_size_list)
+    def init(self, dataset_size, num_samples, block_size=1_000_000, *args, **kwargs):
+        if block_size is not None and block_size < dataset_size:
+            return stock(self, dataset_size, num_samples, block_size, *args, **kwargs)
+        epochs = -(-num_samples // dataset_size)
+        stock(self, dataset_size, epochs * dataset_size, block_size, *args, **kwargs)
+        self.num_samples = num_samples
+        self.block_idx_list.sort()
 
     restore.set(OnlineSampleMapping, "__init__", init)
 

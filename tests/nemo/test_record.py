@@ -97,7 +97,8 @@ def test_files_count_by_their_content(tmp_path):
 def test_a_schedule_of_its_own_length_may_go_on_for_longer(tmp_path):
     fixed = {"model.optim.sched.max_steps": 100}
     earlier = Record.of(config(tmp_path, **fixed))
-    assert Record.of(config(tmp_path, **fixed, **{"trainer.max_steps": 20})).check_continues(earlier, "run") == []
+    longer = Record.of(config(tmp_path, **fixed, **{"trainer.max_steps": 20}))
+    assert longer.check_continues(earlier, "run") == ["trainer.max_steps=20 from here on; it was 10"]
 
 
 def test_a_record_is_the_same_when_read_back_and_refused_when_damaged(tmp_path):
