@@ -47,8 +47,7 @@ class DivergenceCheck(Callback):
             what = f"gradients overflowed at step {trainer.global_step} even at a loss scale of {SMALLEST_SCALE:g}"
             raise _diverged(trainer, model, what)
         loss = outputs["loss"].detach()
-        norm = trainer.callback_metrics.get("grad_norm", torch.zeros_like(loss))  # the first rank has it, for all
-        values = torch.stack([value.to(loss.device).float().reshape(()) for value in (loss, norm)])
+        values = torch.stack([value.to(loss.device).float().reshape(()) for value in (loss, _norm(trainer))])
         self._unread.append((trainer.global_step, ~values.isfinite(), skipped))
         if len(self._unread) >= READ_EVERY:
             self._read(trainer, model)
@@ -86,6 +85,15 @@ class DivergenceCheck(Callback):
                 if self._in_a_row[name] == PATIENCE:
                     what = f"the {name} was not finite at steps {step - PATIENCE + 1} to {step}"
                     raise _diverged(trainer, model, what)
+
+
+def _norm(trainer) -> torch.Tensor:
+    """The step's gradient norm as NeMo logs it, on the first rank for all; 0 where there is none.
+
+    Not from ``trainer.callback_metrics``, which brings every number of the progress bar to the CPU.
+    """
+    logged = trainer._results.get("configure_gradient_clipping.grad_norm")
+    return torch.zeros(()) if logged is None else logged._forward_cache
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ SHORT = (
     "model.data.validation_ds.global_batch_size=8",
     "model.data.validation_ds.micro_batch_size=4",
     "model.data.validation_ds.metric.name=loss",
-    "exp_manager.exp_dir=runs",
-    "exp_manager.name=run",
+    "exp_manager.explicit_log_dir=runs/run",
 )
 pytestmark = pytest.mark.slow
 
@@ -45,7 +44,7 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoint(tmp_path, scheme):
     assert code == 1 and len(lines) == 1, err[-2000:]
     assert lines[0].startswith("error: the run diverged: ") and "(it is 1000000.0)" in lines[0]
     (kept,) = checkpoints(tmp_path / "runs", "*-last*")
-    assert lines[0].endswith(f"the last good checkpoint is runs/{kept}") or lines[0].endswith(f"/runs/{kept}")
+    assert lines[0].endswith(f"runs/{kept}")
     for path in checkpoints(tmp_path / "runs", "*.ckpt"):
         saved = torch.load(tmp_path / "runs" / path, weights_only=False)["adapters"][scheme]
         assert all(tensors["tensor"].isfinite().all() for tensors in saved.values())

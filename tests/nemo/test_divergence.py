@@ -31,13 +31,14 @@ class Steps:
         self.model.device, self.model.cfg = torch.device("cpu"), OmegaConf.create({"optim": {"lr": 0.1}})
         self.trainer = SimpleNamespace(
             precision_plugin=SimpleNamespace(scaler=scaler, precision="16-mixed" if scaler else "32-true"),
-            global_step=0, callback_metrics={}, world_size=1, optimizers=[], checkpoint_callback=None,
+            global_step=0, callback_metrics={}, _results={}, world_size=1, optimizers=[], checkpoint_callback=None,
             state=SimpleNamespace(fn=TrainerFn.FITTING),
         )  # fmt: skip
 
     def take(self, loss=1.0, norm=1.0):
         self.trainer.global_step += 1
-        self.trainer.callback_metrics["grad_norm"] = torch.tensor(norm)
+        logged = SimpleNamespace(_forward_cache=torch.tensor(norm))
+        self.trainer._results["configure_gradient_clipping.grad_norm"] = logged
         self.check.on_train_batch_end(self.trainer, self.model, {"loss": torch.tensor(loss)}, None, 0)
 
     def save(self):
