@@ -16,6 +16,10 @@ class UsageError(ValueError):
         return UsageError(f"{section}.{self.field}", self.value, self.way_out)
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, said in one line. Scripts print it and exit with code 1."""
+
+
 def closest(value: object, choices: Iterable[object]) -> str:
     """``did you mean 'x'? Valid: a, b, x`` — the way out of a mistyped name."""
     names = [str(choice) for choice in choices]

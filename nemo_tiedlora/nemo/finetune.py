@@ -20,6 +20,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.calibrate import Calibration, groups_file
 from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, saved_config, scheme_of
+from nemo_tiedlora.nemo.lock import hold
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
@@ -43,7 +44,8 @@ def finetune(cfg: DictConfig) -> Path:
         Path of the run's ``summary.json``.
 
     Raises:
-        UsageError: bad input, before anything expensive happens.
+        UsageError: bad input, before anything expensive happens; or another job is running in the folder.
+        RunError: the run cannot go on: it diverged.
         SystemExit: a signal ended training (128 + signal); the same call continues it.
     """
     OmegaConf.resolve(cfg)
@@ -60,6 +62,7 @@ def finetune(cfg: DictConfig) -> Path:
         use_one_thread()
     folder = choose_folder(cfg, as_asked)
     check_output(folder, "exp_manager.exp_dir")
+    held = hold(folder, "exp_manager.exp_dir")
     if cfg.model.data.train_ds.file_names is None:
         _use_builtin_task(cfg, folder)
     _complete(cfg, folder)
@@ -73,13 +76,17 @@ def finetune(cfg: DictConfig) -> Path:
         return folder / SUMMARY
     write_text(folder / "config.yaml", as_asked)
     _find_groups(cfg, folder)
-    with quiet(not cfg.verbose) as results, platform.host():
+    with held, quiet(not cfg.verbose) as results, platform.host():
         return _run(cfg, base, as_asked, results, record, changed)
 
 
 def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
     """The run's folder: what ``exp_manager`` is told to use, else the latest unfinished run of this very config, else
-    a new one. In the last two cases ``exp_manager.explicit_log_dir`` is set to it."""
+    a new one. In the last two cases ``exp_manager.explicit_log_dir`` is set to it.
+
+    That the latest unfinished run may be running makes no difference: the same command again is the same run, and is
+    told so. ``exp_manager.resume_if_exists=false`` begins another beside it.
+    """
     manager = cfg.exp_manager
     if manager.explicit_log_dir:
         return Path(manager.explicit_log_dir)
@@ -92,9 +99,22 @@ def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
     if unfinished and (manager.resume_if_exists or follows):
         folder = unfinished[-1]
     else:
-        folder = root / f"run-{max(_runs(root), default=0) + 1:03d}"
+        folder = _new_run(root)
     manager.explicit_log_dir = str(folder)
     return folder
+
+
+def _new_run(root: Path) -> Path:
+    """Make the folder of a new run; of two jobs at once, each gets its own."""
+    check_output(root, "exp_manager.exp_dir")
+    number = max(_runs(root), default=0) + 1
+    while True:
+        folder = root / f"run-{number:03d}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def _runs(root: Path) -> dict[int, Path]:
@@ -194,6 +214,7 @@ def _escaped(template: str) -> str:
 
 
 def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, record: Record, changed: list[str]) -> Path:
+    from nemo_tiedlora.nemo.divergence import DivergenceCheck
     from nemo_tiedlora.nemo.facts import Facts
     from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
     from nemo_tiedlora.nemo.model import build_model, build_trainer
@@ -203,7 +224,8 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
     metric = cfg.model.data.validation_ds.metric.name
     facts = Facts()
     trainer, folder = build_trainer(
-        cfg, [facts, ProgressBar(f"validation_{metric}"), Interruptible(), Recorded(record)]
+        cfg,
+        [facts, ProgressBar(f"validation_{metric}"), DivergenceCheck(), Interruptible(), Recorded(record)],
     )
     say = _Say(results, trainer.is_global_zero)
     if trainer.is_global_zero:

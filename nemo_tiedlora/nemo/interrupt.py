@@ -41,7 +41,8 @@ class Interruptible(Callback):
 
     def on_train_start(self, trainer, model):
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[signum] = signal.signal(signum, self._ask)
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, a job in the background
+                self._previous[signum] = signal.signal(signum, self._ask)
         # Lightning would train on until the next validation.
         trainer.should_stop |= any(
             stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks

@@ -1,23 +1,33 @@
-"""What every Hydra script here shares: our resolvers, and errors as one line with exit code 2."""
+"""What every Hydra script here shares: our resolvers, and ends that are said in one line, with their exit codes."""
 
 import errno
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.errors import RunError, UsageError, closest
+from nemo_tiedlora.nemo.lock import is_first_rank
 from nemo_tiedlora.platform.threads import wait_passively
+
+if TYPE_CHECKING:  # importing it takes long enough for a signal to come
+    from omegaconf import DictConfig
+
+#: Seconds that a signal gives a script to end by itself.
+PATIENCE = 10
+#: What gloo, NCCL and the rendezvous say on a rank that another one has left.
+RANK_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|remote process exited|failed to recv|recvValue failed"
+)
 
 
 def register_resolvers() -> None:
     """``${demo:x,y}``: x for the built-in task, y for own data. ``${best:metric}``: whether less or more is better."""
+    from omegaconf import OmegaConf
 
     def demo(builtin, own, *, _root_):
         return builtin if _root_.model.data.train_ds.file_names is None else own
@@ -26,42 +36,60 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("best", lambda metric: "min" if metric in ("loss", "wer") else "max", replace=True)
 
 
-def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["DictConfig"], None]], Callable[[], None]]:
     """Make a function of the composed config into a script's ``main``.
 
-    A mistake in the input ends in one line on standard error and exit code 2, an interrupted run in exit code
-    128 + signal as shells expect; anything else is a defect and keeps its traceback.
+    Ends that need no traceback are one line on standard error: a mistake in the input has exit code 2; a run that
+    cannot go on, or that another rank has left, 1; one that a signal stopped 128 + signal, as shells expect. Anything
+    else is a defect and keeps its traceback.
     """
 
-    def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
+    def decorate(job: Callable[["DictConfig"], None]) -> Callable[[], None]:
         def main() -> None:
-            wait_passively()
-            register_resolvers()
-            # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
-            os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-            composed: list[DictConfig] = []
-            take = hydra.main(version_base="1.3", config_path=str(config_path.resolve()), config_name=config_name)
-            try:
-                # The job runs outside Hydra, which would print its own report before any error of the job.
-                take(composed.append)()
-                for cfg in composed:
-                    job(cfg)
-            except UsageError as error:
-                _exit(str(error))
-            except (HydraException, OmegaConfBaseException) as error:
-                _exit(_explain(error, config_path, config_name))
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                _exit(f"no disk space left while writing {error.filename or 'the output folder'}")
+            with _stopping_at_signals():
+                _run(job, config_path, config_name)
 
         return main
 
     return decorate
 
 
+def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: str) -> None:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    wait_passively()
+    register_resolvers()
+    # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    composed: list[DictConfig] = []
+    take = hydra.main(version_base="1.3", config_path=str(config_path.resolve()), config_name=config_name)
+    try:
+        # The job runs outside Hydra, which would print its own report before any error of the job.
+        take(composed.append)()
+        for cfg in composed:
+            job(cfg)
+    except UsageError as error:
+        _exit(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _exit(_explain(error, config_path, config_name))
+    except RunError as error:
+        _exit(str(error), 1) if is_first_rank() else sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _exit(f"no disk space left while writing {error.filename or 'the output folder'}")
+    except RuntimeError as error:
+        if not RANK_LOST.search(str(error)):
+            raise
+        _exit("another rank of this job ended; the same command continues from the last checkpoint", 1)
+
+
 def _explain(error: Exception, config_path: Path, config_name: str) -> str:
     """Hydra's message in one line, with the closest name where a setting is mistyped."""
+    from omegaconf import DictConfig, OmegaConf
+
     mistyped = re.search(r"Could not override '([\w.]+)'", str(error))
     if not mistyped:
         return " ".join(str(error).split())
@@ -75,6 +103,52 @@ def _explain(error: Exception, config_path: Path, config_name: str) -> str:
     return " ".join(str(error).split())
 
 
-def _exit(line: str) -> None:
+@contextmanager
+def _stopping_at_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP end the block in one line, whatever it was doing; a second one ends the process.
+
+    Training has handlers of its own meanwhile. A signal that is ignored (nohup, a job in the background) stays so.
+    """
+    told, own = [], os.getpid()
+
+    def stop(signum, frame):
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+        if os.getpid() != own:  # a worker, forked from it
+            os.kill(os.getpid(), signum)
+            return
+        told.append(signal.Signals(signum))
+        signal.signal(signal.SIGALRM, give_up)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        raise KeyboardInterrupt
+
+    def give_up(signum, frame):  # something has swallowed the interrupt; imports do
+        say()
+        sys.stderr.flush()
+        os._exit(128 + told[0])
+
+    def say():
+        if is_first_rank():
+            line = f"stopped by {told[0].name}; the same command begins again, or continues from the last checkpoint"
+            print(line, file=sys.stderr)
+
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {each: signal.getsignal(each) for each in handled if signal.getsignal(each) != signal.SIG_IGN}
+    for each in previous:
+        signal.signal(each, stop)
+    try:
+        yield
+    except BaseException:  # whatever became of the interrupt on its way: Lightning, for one, exits with 1
+        if not told:
+            raise
+        say()
+        sys.exit(128 + told[0])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def _exit(line: str, code: int = 2) -> None:
     print(f"error: {line}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

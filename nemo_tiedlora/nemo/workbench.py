@@ -29,6 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.divergence import DivergenceCheck
 from nemo_tiedlora.nemo.generate import Generator
 from nemo_tiedlora.nemo.model import build_model, build_trainer
 from nemo_tiedlora.nemo.quiet import quiet
@@ -193,6 +194,9 @@ class Workbench:
 
         Args:
             progress: called after every step with the number of steps done and to do.
+
+        Raises:
+            Diverged: losses, gradients or weights are not finite.
         """
         with ExitStack() as stack:
             stack.enter_context(quiet())
@@ -201,7 +205,7 @@ class Workbench:
             _seed(job.seed)
             facts = Facts()
             best = _Best(facts, job.patience, progress)
-            trainer, _ = build_trainer(cfg, [best])
+            trainer, _ = build_trainer(cfg, [DivergenceCheck(), best])
             self.model.set_trainer(trainer)
             for name in ("peft", "data", "optim", "seed", "micro_batch_size", "global_batch_size"):
                 OmegaConf.update(self.model._cfg, name, cfg.model[name], merge=False, force_add=True)

@@ -3,16 +3,23 @@
 import pytest
 import torch
 import toy
+from nemo.collections.nlp.models.language_modeling import megatron_base_model
 
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks
-from nemo_tiedlora.nemo.workbench import Trained, workbench
+from nemo_tiedlora.nemo.divergence import Diverged
+from nemo_tiedlora.nemo.workbench import Job, Trained, workbench
 
 
 @pytest.fixture(scope="module")
-def trained():
+def bench():
     with toy.clean_megatron(), workbench(embedded_base.base()) as bench:
-        yield Trained(bench.model, facts=None)
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def trained(bench):
+    return Trained(bench.model, facts=None)
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +50,23 @@ def test_log_likelihoods_are_those_of_one_pair_at_a_time(trained, rows):
         answer = ids[0, start:]
         assert value == pytest.approx(float(expected.gather(1, answer[:, None]).sum()), abs=1e-4)
         assert greedy == bool((expected.argmax(1) == answer).all())
+
+
+def job(folder, **settings):
+    files = tasks.write(folder)
+    sizes = {"steps": 20, "batch_size": 4, "micro_batch_size": 4, "max_length": 48, "validate_every": 20}
+    return Job("tied_lora", {"tied_lora_tuning": {}}, files["train"], files["validation"], **sizes, **settings)
+
+
+def test_a_job_that_diverges_says_so_and_leaves_the_base_as_it_was(bench, trained, rows, tmp_path):
+    before = trained.log_likelihoods([rows[0]])
+    with pytest.raises(Diverged, match=r"not finite .*it is 1000000\.0"), bench.trained(job(tmp_path, lr=1e6)):
+        pass
+    assert trained.log_likelihoods([rows[0]]) == before
+
+
+def test_gradient_norms_end_a_job_where_losses_do_not(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron_base_model, "clip_grad_norm_fp32", lambda **_: torch.tensor(float("inf")))
+    with pytest.raises(Diverged, match="the gradient norm was not finite at steps 1 to 3"):
+        with bench.trained(job(tmp_path, lr=1e-4)):
+            pass
