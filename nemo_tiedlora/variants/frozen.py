@@ -11,8 +11,8 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import drawing_by_torch
 
 #: A record: a SHA-256 and, unless an earlier version made it, a fingerprint.
-RECORD = re.compile(r"[0-9a-f]{64}( -?\d{1,20}\.\d{5}){4}|[0-9a-f]{64}", re.ASCII)
-#: Tensors whose fingerprints differ by no more are the same but for rounding; in units of the tensor per element.
+RECORD = re.compile(r"[0-9a-f]{64}( -?\d{1,20}(\.\d{1,20})?(e[+-]\d{1,3})?){4}|[0-9a-f]{64}", re.ASCII)
+#: Tensors that differ by no more, in standard deviations, are the same but for rounding.
 TOLERANCE = 1e-5
 
 
@@ -22,23 +22,22 @@ def checksum(tensor: Tensor) -> str:
 
 
 def fingerprint(tensor: Tensor, unit: float) -> list[float]:
-    """The first and the last value of a tensor, and the sums of its first and its last row, divided by ``unit``.
+    """``unit`` and, divided by it, a tensor's first value, its last one, and the sum of its first and its last row.
 
-    The sums are exact before they are rounded, and so do not depend on the order of adding.
-    """
-    values = _values(tensor)
-    rows = values.reshape(len(values), -1)
-    first, last = rows[0].tolist(), rows[-1].tolist()
-    return [number / unit for number in (first[0], last[-1], math.fsum(first), math.fsum(last))]
-
-
-def record(tensor: Tensor, unit: float) -> str:
-    """The checksum and the fingerprint as one line of text, about a hundred characters.
+    The sum is exact before it is rounded, and so does not depend on the order of adding.
 
     Args:
         unit: the standard deviation that the tensor was drawn with.
     """
-    return " ".join([checksum(tensor), *(f"{number:.5f}" for number in fingerprint(tensor, unit))])
+    values = _values(tensor)
+    rows = values.reshape(len(values), -1)[[0, -1]].ravel().tolist()
+    return [unit, *(number / unit for number in (rows[0], rows[-1], math.fsum(rows)))]
+
+
+def record(tensor: Tensor, unit: float) -> str:
+    """The checksum and the fingerprint as one line of text, about a hundred characters."""
+    scale, *numbers = fingerprint(tensor, unit)
+    return " ".join([checksum(tensor), f"{scale:.6g}", *(f"{number:.5f}" for number in numbers)])
 
 
 def check(key: str, tensor: Tensor, unit: float, recorded: str, rule: int, seed: int) -> None:
@@ -76,10 +75,9 @@ def check(key: str, tensor: Tensor, unit: float, recorded: str, rule: int, seed:
 
 
 def _agree(tensor: Tensor, unit: float, recorded: list[str]) -> bool:
-    length = math.prod(tensor.shape[1:])
-    tolerances = (TOLERANCE, TOLERANCE, length * TOLERANCE, length * TOLERANCE)
-    numbers = zip(fingerprint(tensor, unit), recorded, tolerances, strict=True)
-    return all(abs(number - float(known)) <= tolerance for number, known, tolerance in numbers)
+    tolerances = TOLERANCE * unit, TOLERANCE, TOLERANCE, 2 * math.prod(tensor.shape[1:]) * TOLERANCE
+    numbers = zip(fingerprint(tensor, unit), map(float, recorded), tolerances, strict=True)
+    return all(abs(number - known) <= tolerance for number, known, tolerance in numbers)
 
 
 def check_records(name: str, given: object) -> None:
