@@ -74,7 +74,6 @@ class VariantConfig:
             std = getattr(self, f"std_{matrix}")
             if std is not None and not std > 0:
                 raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
-
         if self.checksums is not None:
             check_records("checksums", self.checksums)
         if self.drawing_rule is None:

@@ -61,7 +61,7 @@ def check(key: str, tensor: Tensor, unit: float, recorded: str, rule: int, seed:
         if not agrees:
             way_out = (
                 f"the frozen {key} drawn from it by rule {rule} is not the one this adapter was trained against "
-                f"(SHA-256 {checksum(tensor)[:12]} instead of {known[:12]}); take the adapter from where it was made"
+                f"(SHA-256 {checksum(tensor)[:12]} instead of {known[:12]}); its seed or settings were changed"
             )
             raise UsageError("seed", seed, way_out)
     if of_torch or not same:
