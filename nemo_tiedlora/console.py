@@ -1,8 +1,10 @@
 """What the commands show: facts on standard output, progress on standard error."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, TypeVar
 
 import typer
@@ -31,6 +33,13 @@ def progress(items: Iterable[Item], task: str, total: int) -> Iterable[Item]:
 
     console = Console(stderr=True)
     return track(items, task, total=total, console=console, disable=not console.is_terminal)
+
+
+@cache
+def note(text: str) -> None:
+    """Say something worth knowing on standard error: once, however often it is called, and on one rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def run(app: typer.Typer) -> None:

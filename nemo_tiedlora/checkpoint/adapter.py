@@ -12,7 +12,8 @@ from torch import Tensor
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, TARGETS, expand
-from nemo_tiedlora.variants import Site, TensorSpec, Variant, VariantConfig, build, checksum, config_for
+from nemo_tiedlora.variants import Site, TensorSpec, Variant, VariantConfig, build, config_for
+from nemo_tiedlora.variants.frozen import check
 
 #: Packages whose versions a saved adapter records.
 PACKAGES = ("nemo_tiedlora", "torch", "nemo_toolkit", "megatron-core")
@@ -153,17 +154,19 @@ class Adapter(Method):
         Raises:
             UsageError: one is not what the adapter was trained against.
         """
-        expected = self.config.checksums or {}
+        expected, variant = self.config.checksums or {}, self.variant
         tensors = {}
         for key, (spec, _) in self.specs.items():
             if spec.trained:
                 continue
-            stored = self.tensors.get(key)
-            drawn = spec.init.draw(self.shapes[key], self.variant.seed, key)
-            tensors[key] = drawn if stored is None else stored.float()
-            if stored is None and expected.get(key) not in (None, checksum(drawn)):
-                way_out = f"the frozen {key} drawn from it is not the one this adapter was trained against"
-                raise UsageError("seed", self.variant.seed, way_out)
+            if key in self.tensors:
+                tensors[key] = self.tensors[key].float()
+                continue
+            shape = self.shapes[key]
+            tensors[key] = spec.init.draw(shape, variant.seed, key, variant.drawing_rule)
+            if key in expected:
+                unit = spec.init.unit(shape)
+                check(key, tensors[key], unit, expected[key], variant.drawing_rule, variant.seed)
         return tensors
 
 
@@ -183,9 +186,10 @@ def paths_of(config: VariantConfig) -> list[str]:
 
 
 def settings_of(config: VariantConfig, variant: Variant, checksums: dict[str, str]) -> dict[str, Any]:
-    """All settings of a method as plain data, with what was decided and the checksums of frozen tensors; those that are
-    null are left out, and ``store_frozen`` where there is nothing it says."""
-    given = asdict(config) | {"checksums": checksums or None, "store_frozen": config.store_frozen or None}
+    """All settings of a method as plain data, with what was decided, the checksums of frozen tensors and the rule they
+    were drawn by; those that are null are left out, and ``store_frozen`` where there is nothing it says."""
+    drawn = {"checksums": checksums or None, "drawing_rule": config.drawing_rule if checksums else None}
+    given = asdict(config) | drawn | {"store_frozen": config.store_frozen or None}
     return _said(given | variant.decided())
 
 

@@ -88,6 +88,8 @@ class FactorPEFTConfig(PEFTConfig):
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
             record = {"checksums": bank.checksums, **self.variant.decided()}
+            if bank.checksums:
+                record["drawing_rule"] = self.config.drawing_rule
             OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", record, force_add=True)
 
 

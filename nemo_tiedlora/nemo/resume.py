@@ -18,9 +18,13 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.optimizer_states import inner, restore, states
 from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
+from nemo_tiedlora.nemo.sizes import sites
+from nemo_tiedlora.variants import count, drawing_by_torch
 
 #: Where the whole tensors are in a checkpoint.
 KEY = "adapters"
+#: Where the rule is, by scheme, that the frozen tensors were drawn by; they themselves are in no checkpoint.
+RULES = "drawing_rules"
 
 
 def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
@@ -28,12 +32,19 @@ def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     if not only_ours(model):
         return
     checkpoint[KEY] = {scheme: whole(model, scheme, states(model, scheme)) for scheme in model.adaptations}
+    checkpoint[RULES] = {scheme: adapted.bank.variant.drawing_rule for scheme, adapted in model.adaptations.items()}
     checkpoint["state_dict"], checkpoint["optimizer_states"] = {}, []
 
 
 @torch.no_grad()
 def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
-    """Take this rank's part of every whole tensor and optimizer state."""
+    """Take this rank's part of every whole tensor and optimizer state.
+
+    Raises:
+        UsageError: it was trained against other frozen tensors; then nothing was changed.
+    """
+    for scheme in checkpoint[KEY]:
+        _check_rule(model, scheme, checkpoint.get(RULES, {}).get(scheme, drawing_by_torch.RULE))
     for scheme, saved in checkpoint[KEY].items():
         mine = {}
         for key, (_, tensor) in model.adaptations[scheme].bank.trained().items():
@@ -44,6 +55,14 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     for scheduler in checkpoint["lr_schedulers"]:
         for name in ("base_lrs", "_last_lr"):  # of every group, and all alike; there may be another number here
             scheduler[name] = scheduler[name][:1] * len(groups)
+
+
+def _check_rule(model, scheme: str, trained: int) -> None:
+    """A checkpoint that records no rule is of an earlier version."""
+    variant = model.adaptations[scheme].bank.variant
+    if variant.drawing_rule != trained and count(variant, sites(variant.config, model.cfg)).frozen:
+        way_out = f"the checkpoint was trained against frozen factors of rule {trained}; set it to {trained} to go on"
+        raise UsageError(f"model.peft.{scheme}_tuning.drawing_rule", variant.drawing_rule, way_out)
 
 
 def keep_one_last(folder: Path) -> None:

@@ -6,7 +6,8 @@ from nemo_tiedlora.variants.base import Count, Factors, FrozenWeight, Site, Tens
 from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.dynamic import Dynamic, DynamicConfig
-from nemo_tiedlora.variants.init import Init, checksum
+from nemo_tiedlora.variants.frozen import checksum
+from nemo_tiedlora.variants.init import Init
 from nemo_tiedlora.variants.optimize import Conductor, param_groups
 from nemo_tiedlora.variants.registry import SCHEMES, build, config_for
 from nemo_tiedlora.variants.shared import Shared, SharedConfig

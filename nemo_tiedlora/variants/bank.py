@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
-from nemo_tiedlora.variants.init import ROW_NORMS, checksum
+from nemo_tiedlora.variants.frozen import check, record
+from nemo_tiedlora.variants.init import ROW_NORMS
 
 #: Takes a whole tensor to the part that this process holds.
 Cut = Callable[[torch.Tensor, TensorSpec, Site], torch.Tensor]
@@ -23,7 +23,10 @@ class Bank:
     Args:
         variant: the source of factors.
         cut: takes a whole tensor to this process's part of it; by default all of it.
-        checksums: expected SHA-256 by key, from a saved adapter; compared as each frozen tensor is drawn.
+        checksums: what a saved adapter records of its frozen tensors, by key; compared as each is drawn.
+
+    Attributes:
+        checksums: what there is to record of each frozen tensor: its SHA-256 and its fingerprint.
     """
 
     def __init__(self, variant: Variant, cut: Cut | None = None, checksums: dict[str, str] | None = None):
@@ -64,18 +67,13 @@ class Bank:
             return torch.empty(shape, device="meta", dtype=dtype)
         if spec.init.kind == ROW_NORMS:  # of this process's part of the weight: there is nothing to cut
             return weight.squared_rows(torch.promote_types(dtype, torch.float32)).sqrt().to(dtype)
-        whole = spec.init.draw(shape, self.variant.seed, spec.key)
+        seed, rule = self.variant.seed, self.variant.drawing_rule
+        whole = spec.init.draw(shape, seed, spec.key, rule)
         if not spec.trained:
-            self.checksums[spec.key] = checksum(whole)
-            expected = self.expected.get(spec.key)
-            if expected not in (None, self.checksums[spec.key]):
-                raise UsageError(
-                    "seed",
-                    self.variant.seed,
-                    f"the frozen {spec.key} drawn from it is not the one this adapter was trained against "
-                    f"(SHA-256 {self.checksums[spec.key][:12]} instead of {expected[:12]}); restore the adapter with "
-                    "the torch version that trained it",
-                )
+            unit = spec.init.unit(shape)
+            if spec.key in self.expected:
+                check(spec.key, whole, unit, self.expected[spec.key], rule, seed)
+            self.checksums[spec.key] = self.expected.get(spec.key) or record(whole, unit)
         part = self.cut(whole, spec, site) if self.cut else whole
         return part.to(device=device, dtype=dtype).contiguous()
 

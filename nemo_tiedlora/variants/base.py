@@ -132,6 +132,7 @@ class Variant(ABC):
         self.layers = layers
         self.rank = config.rank
         self.seed = config.seed
+        self.drawing_rule = config.drawing_rule
 
     @property
     def scale(self) -> float:

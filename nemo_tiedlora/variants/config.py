@@ -4,7 +4,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
-from nemo_tiedlora.variants.init import STD
+from nemo_tiedlora.variants import drawing, drawing_by_torch
+from nemo_tiedlora.variants.frozen import check_records
+from nemo_tiedlora.variants.init import RULES, STD
 
 
 @dataclass(kw_only=True)
@@ -22,8 +24,11 @@ class VariantConfig:
         layer_selection: 1-based numbers of the layers to adapt; null means all.
         dora: also train the length of every row of W + ΔW, as DoRA does.
         lr_ratio: learning rate of what B_l is made of, divided by that of the rest (LoRA+); 1 is no difference.
-        store_frozen: save frozen random tensors too: a larger file that does not depend on torch's generator.
-        checksums: SHA-256 of each frozen random tensor. Recorded by training, checked when the adapter is restored.
+        store_frozen: save frozen random tensors too: a larger file, in which nothing needs to be drawn again.
+        drawing_rule: how random values are drawn: 2, the same bits on every machine; or 1, as earlier versions did.
+            null means 2, but 1 for an adapter whose ``checksums`` were recorded without a rule, by such a version.
+        checksums: SHA-256 and fingerprint of each frozen random tensor. Recorded by training, checked when the adapter
+            is restored.
 
     Raises:
         UsageError: a value that makes no sense.
@@ -42,6 +47,7 @@ class VariantConfig:
     dora: bool = False
     lr_ratio: float = 1.0
     store_frozen: bool = False
+    drawing_rule: int | None = None
     checksums: dict[str, str] | None = None
 
     def __post_init__(self):
@@ -68,6 +74,11 @@ class VariantConfig:
             std = getattr(self, f"std_{matrix}")
             if std is not None and not std > 0:
                 raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
+        if self.checksums is not None:
+            check_records("checksums", self.checksums)
+        if self.drawing_rule is None:
+            self.drawing_rule = drawing_by_torch.RULE if self.checksums else drawing.RULE
+        check_choice("drawing_rule", self.drawing_rule, RULES)
 
     def adapted_layers(self, number: int) -> list[int]:
         """The layers to adapt, counted from 0, of a model that has ``number`` of them."""

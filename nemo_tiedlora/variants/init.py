@@ -1,12 +1,12 @@
 """How adapter tensors start, and how a frozen one is drawn again exactly as it was."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 
 from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.variants import drawing, drawing_by_torch
 
 #: Standard deviation of each initialiser for a matrix of shape (fan_out, fan_in).
 STD = {
@@ -18,6 +18,8 @@ STD = {
 CONSTANTS = {"zeros": 0.0, "ones": 1.0}
 #: Starts as the length of each row of the layer's frozen weight.
 ROW_NORMS = "row_norms"
+#: How random values are drawn, by the number that adapter files record.
+RULES = {rule.RULE: rule for rule in (drawing, drawing_by_torch)}
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,22 @@ class Init:
     def random(self) -> bool:
         return self.kind in STD
 
-    def draw(self, shape: tuple[int, ...], seed: int, key: str) -> torch.Tensor:
+    def unit(self, shape: tuple[int, ...]) -> float:
+        """The standard deviation of the random values of a tensor of this shape; 1 for one that is not random."""
+        return (self.std or STD[self.kind](*shape)) if self.random else 1.0
+
+    def draw(self, shape: tuple[int, ...], seed: int, key: str, rule: int = drawing.RULE) -> torch.Tensor:
         """The whole (unsharded) float32 tensor called ``key``.
 
-        Depends on ``seed``, ``key`` and ``shape`` alone: not on the order of creation, on other tensors or on the
-        parallel layout, so every rank and every later process draws the same values.
+        Depends on ``seed``, ``key`` and ``shape`` alone: not on the order of creation, on other tensors, on the
+        parallel layout or, by the present rule, on the machine: every rank and every later process draws the same bits.
+
+        Args:
+            rule: a key of ``RULES``; another than the present one only for adapters that were made with it.
         """
         if not self.random:
             return torch.full(shape, CONSTANTS[self.kind])
-        digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        std = self.std or STD[self.kind](*shape)
+        drawn, unit = RULES[rule], self.unit(shape)
         if self.kind == "kaiming_uniform":
-            bound = math.sqrt(3) * std
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-        return torch.empty(shape).normal_(0.0, std, generator=generator)
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's float32 values in row-major order (hexadecimal)."""
-    return hashlib.sha256(tensor.detach().float().contiguous().cpu().numpy().astype("<f4").tobytes()).hexdigest()
+            return torch.as_tensor(drawn.uniform(shape, math.sqrt(3) * unit, seed, key))
+        return torch.as_tensor(drawn.normal(shape, unit, seed, key))

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from nemo_tiedlora.checkpoint import Adapter, Base
 from nemo_tiedlora.checkpoint.adapter import settings_of, specs_of
 from nemo_tiedlora.nemo.sizes import sites
-from nemo_tiedlora.variants import build, checksum, config_for
+from nemo_tiedlora.variants import build, config_for
+from nemo_tiedlora.variants.frozen import record
 
 SHAPE = {
     "num_layers": 4,
@@ -34,7 +35,8 @@ def _make(scheme="tied_lora", shape=None, dtype=torch.float32, seed=0, **setting
         if spec.trained:
             tensors[key] = torch.randn(size, generator=draw).to(dtype)
         else:
-            checksums[key] = checksum(spec.init.draw(size, variant.seed, key))
+            drawn = spec.init.draw(size, variant.seed, key, variant.drawing_rule)
+            checksums[key] = record(drawn, spec.init.unit(size))
     known = {path: "0" * 64 for path in ("self_attention.linear_qkv", "mlp.linear_fc2")}
     return Adapter(scheme, settings_of(config, variant, checksums), Base.of(model, known), tensors)
 

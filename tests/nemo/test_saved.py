@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,38 @@ def test_stored_frozen_tensors_are_used_whatever_the_generator_draws(finetuning,
     plain = adapted(finetuning, "vera", {})
     plain.save_to(str(tmp_path / "plain.nemo"))
     assert "attention_qkv.A" not in read(tmp_path / "plain.nemo").tensors
+
+
+def test_an_adapter_of_an_earlier_version_goes_on_by_its_own_rule(finetuning, tmp_path, capsys):
+    """Its frozen factors, by torch's generator, had other last bits on another CPU; and so had its checkpoints'."""
+    from nemo_tiedlora import console
+    from nemo_tiedlora.nemo.resume import on_load_checkpoint
+
+    model = adapted(finetuning, "vera", {"drawing_rule": 1})
+    expected = logits(model)
+    model.save_to(str(tmp_path / "new.nemo"))
+    saved = read(tmp_path / "new.nemo")
+    elsewhere = {key: "0" * 64 for key in saved.settings["checksums"]}
+    settings = {name: value for name, value in saved.settings.items() if name != "drawing_rule"}
+    write(replace(saved, settings=settings | {"checksums": elsewhere}), tmp_path / "old")
+    console.note.cache_clear()
+    fresh, _ = finetuning(peft_scheme="none")
+    capsys.readouterr()
+    fresh.load_adapters(str(tmp_path / "old"))
+    assert capsys.readouterr().err.count("note: the frozen factors are drawn by rule 1") == 1
+    assert torch.equal(logits(fresh), expected)
+    fresh.setup_complete = True
+    fresh.save_to(str(tmp_path / "again.nemo"))
+    again = read(tmp_path / "again.nemo")
+    assert (again.settings["drawing_rule"], again.settings["checksums"]) == (1, elsewhere)
+    assert fresh.cfg.peft.vera_tuning.drawing_rule == 1
+
+    now = adapted(finetuning, "vera", {})
+    before = logits(now)
+    assert not torch.equal(before, expected) and now.cfg.peft.vera_tuning.drawing_rule == 2
+    with pytest.raises(UsageError, match="model.peft.vera_tuning.drawing_rule=2: .* set it to 1 to go on"):
+        on_load_checkpoint(now, {"adapters": {"vera": {}}})
+    assert torch.equal(logits(now), before)
 
 
 @pytest.fixture
