@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.nemo.script_help import help_text
 from nemo_tiedlora.platform.threads import wait_passively
 
 
@@ -29,12 +30,16 @@ def register_resolvers() -> None:
 def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a function of the composed config into a script's ``main``.
 
-    A mistake in the input ends in one line on standard error and exit code 2, an interrupted run in exit code
-    128 + signal as shells expect; anything else is a defect and keeps its traceback.
+    ``--help`` lists the most used settings. A mistake in the input ends in one line on standard error and exit code 2,
+    an interrupted run in exit code 128 + signal as shells expect; anything else is a defect and keeps its traceback.
     """
 
     def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
         def main() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                config = config_path.resolve() / f"{config_name}.yaml"
+                print(help_text(sys.modules[job.__module__].__doc__.splitlines()[0], sys.argv[0], config))
+                return
             wait_passively()
             register_resolvers()
             # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
