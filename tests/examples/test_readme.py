@@ -49,8 +49,8 @@ def test_every_command_runs_and_both_examples_learn(checkout):
         if "exp_manager.name=queue" in command:
             summary = json.loads((checkout / "runs" / "queue" / "summary.json").read_text())
             assert summary["metric_before"] < 0.1 and summary["metric_after"] > 0.95
-            kept = [path.name for path in (checkout / "runs" / "queue" / "checkpoints").iterdir()]
-            assert len(kept) > 1 and all(name.startswith("queue") for name in kept)
+            kept = [*(checkout / "runs").rglob("*.ckpt"), *(checkout / "runs").rglob("*.nemo")]
+            assert len(kept) > 1 and all(path.name.startswith("queue") for path in kept)
         if "generate" in command:
             assert done.stdout == "In line: Kate Leo Ida Ben Hugo. Who is last? Hugo\n"
 
