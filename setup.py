@@ -1,14 +1,17 @@
 """Packaging of nemo_tiedlora; the exact versions it is tested with are in requirements.txt."""
 
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+
 setup(
     name="nemo_tiedlora",
-    version="0.1.0",
+    version=run_path(str(HERE / "nemo_tiedlora" / "__init__.py"))["__version__"],
     description="Tied, shared and conditional low-rank adapters for NVIDIA NeMo and Megatron",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11,<3.12",
     packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora import analyze, console
+from nemo_tiedlora import __version__, analyze, console
 from nemo_tiedlora.console import AsJson, show
 from nemo_tiedlora.errors import UsageError
 
@@ -24,6 +24,21 @@ app.add_typer(analyze.app, name="analyze")
 def main() -> None:
     """Entry point."""
     console.run(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"tiedlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What the command takes before any subcommand."""
 
 
 @app.command()

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from nemo_tiedlora import cli
+from nemo_tiedlora import __version__, cli
 from nemo_tiedlora.errors import UsageError
 
+ROOT = Path(__file__).parents[1]
 LLAMA = ["--layers", "32", "--hidden", "4096", "--heads", "32", "--ffn", "11008"]
 PUBLISHED_GROUPS = "[[16,17],[18,19],[20,21,22],[23,24,25,26,27],[28,29,30]]"
 EVERY = "attention_q,attention_k,attention_v,mlp_up,mlp_down"
@@ -62,3 +64,14 @@ def test_bad_input_is_one_line_and_exit_code_2():
 def test_help_imports_neither_torch_nor_nemo():
     code = "import sys; from nemo_tiedlora import cli; sys.exit('torch' in sys.modules or 'nemo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_version_is_the_same_everywhere_and_asking_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['tiedlora', '--version']; from nemo_tiedlora import cli\n"
+        "try: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert asked.returncode == 0 and asked.stdout == f"tiedlora {__version__}\n", asked.stderr
+    packed = subprocess.run([sys.executable, "setup.py", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert packed.stdout.splitlines()[-1] == __version__, packed.stderr

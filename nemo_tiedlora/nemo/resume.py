@@ -80,7 +80,7 @@ def keep_one_last(folder: Path) -> None:
 
 
 def _step(path: Path) -> int:
-    return int((re.search(r"step=(\d+)", path.name) or [0, 0])[1])
+    return int((re.findall(r"step=(\d+)", path.name) or [0])[-1])  # the run's own name comes first
 
 
 def save_checkpoint(self, stock, checkpoint, filepath, storage_options=None):

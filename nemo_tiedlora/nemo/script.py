@@ -39,14 +39,18 @@ def register_resolvers() -> None:
 def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["DictConfig"], None]], Callable[[], None]]:
     """Make a function of the composed config into a script's ``main``.
 
-    Ends that need no traceback are one line on standard error: a mistake in the input has exit code 2; a run that
-    cannot go on, or that another rank has left, 1; one that a signal stopped 128 + signal, as shells expect. Anything
-    else is a defect and keeps its traceback.
+    ``--help`` lists the most used settings. Ends that need no traceback are one line on standard error: a mistake in
+    the input has exit code 2; a run that cannot go on, or that another rank has left, 1; one that a signal stopped
+    128 + signal, as shells expect. Anything else is a defect and keeps its traceback.
     """
 
     def decorate(job: Callable[["DictConfig"], None]) -> Callable[[], None]:
         def main() -> None:
             with _stopping_at_signals():
+                if {"--help", "-h"} & set(sys.argv[1:]):
+                    config = config_path.resolve() / f"{config_name}.yaml"
+                    print(help_text(sys.modules[job.__module__].__doc__.splitlines()[0], sys.argv[0], config))
+                    return
                 _run(job, config_path, config_name)
 
         return main

@@ -32,22 +32,27 @@ def checkout(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_command_runs_and_the_demo_learns(checkout):
+def test_every_command_runs_and_both_examples_learn(checkout):
     environment = toy.FRESH | {"PATH": f"{ROOT / '.venv' / 'bin'}:{toy.FRESH['PATH']}"}
     for command in commands():
         done = subprocess.run(
             ["bash", "-euc", command], cwd=checkout, env=environment, capture_output=True, text=True, timeout=1200
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        assert "NeMo I" not in done.stdout + done.stderr
+        assert "NeMo I" not in done.stdout + done.stderr and "NeMo W" not in done.stderr, done.stderr[-2000:]
         if command == "make demo":
             summary = json.loads((checkout / done.stdout.splitlines()[-1]).read_text())
             assert summary["metric_before"] < 0.1 and summary["metric_after"] > 0.9
             assert Path(summary["adapter"]).is_file()
             keys = {"scheme", "trainable", "percent_of_lora", "seconds", "tokens_per_second"}
             assert keys <= set(summary)
+        if "exp_manager.name=queue" in command:
+            summary = json.loads((checkout / "runs" / "queue" / "summary.json").read_text())
+            assert summary["metric_before"] < 0.1 and summary["metric_after"] > 0.95
+            kept = [*(checkout / "runs").rglob("*.ckpt"), *(checkout / "runs").rglob("*.nemo")]
+            assert len(kept) > 1 and all(path.name.startswith("queue") for path in kept)
         if "generate" in command:
-            assert done.stdout.startswith("The capital of Italy?")
+            assert done.stdout == "In line: Kate Leo Ida Ben Hugo. Who is last? Hugo\n"
 
 
 def test_the_table_of_layouts_is_made_from_its_file():

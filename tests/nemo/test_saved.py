@@ -273,13 +273,13 @@ def test_nemos_own_lora_is_converted(finetuning, files, tmp_path, layers):
 
 
 def test_the_newest_complete_last_checkpoint_is_kept(host, tmp_path):
-    """What a kill in the middle of saving can leave behind: two complete ones, or an incomplete one."""
+    """A run named step=7, killed while it saved: that can leave two complete ones, or an incomplete one."""
     from nemo_tiedlora.nemo.resume import keep_one_last
 
-    names = [f"run-step={step}-last.ckpt" for step in (5, 10, 100)]
+    names = [f"step=7-step={step}-last.ckpt" for step in (5, 10, 100)]
     for name in names:
         (tmp_path / name).touch()
-    (tmp_path / "run-step=100-last-unfinished").touch()  # NeMo's marker
-    (tmp_path / "run-step=100.ckpt").touch()
+    (tmp_path / "step=7-step=100-last-unfinished").touch()  # NeMo's marker
+    (tmp_path / "step=7-step=100.ckpt").touch()
     keep_one_last(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"run-step=10-last.ckpt", "run-step=100.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step=7-step=10-last.ckpt", "step=7-step=100.ckpt"}
