@@ -48,6 +48,8 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
         def main() -> None:
             with _stopping_at_signals():
                 if {"--help", "-h"} & set(sys.argv[1:]):
+                    from nemo_tiedlora.nemo.script_help import help_text
+
                     config = config_path.resolve() / f"{config_name}.yaml"
                     print(help_text(sys.modules[job.__module__].__doc__.splitlines()[0], sys.argv[0], config))
                     return
