@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 #: Measured with requirements.txt on two cores.
-DISK_GB, DOWNLOAD_GB, MINUTES = 2.2, 0.7, "1 to 3"
+DISK_GB, DOWNLOAD_GB, MINUTES = 2.2, 0.6, "1 to 3"
 #: Seconds between two looks at pip, and between two lines where output is not a terminal.
 LOOK_EVERY, LINE_EVERY = 0.5, 10.0
 OPTIONS = ["--disable-pip-version-check", "--no-deps", "--no-compile", "--no-color", "--progress-bar", "off"]
@@ -72,4 +72,7 @@ def _installed(packages: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(install(Path(sys.argv[1])))
+    try:
+        sys.exit(install(Path(sys.argv[1])))
+    except KeyboardInterrupt:  # pip has it too
+        sys.exit(130)

@@ -36,6 +36,7 @@ KNOWN_WARNINGS = re.compile(
             r"Exp_manager is logging to .* already exists",
             r"No version folders would be created",
             r"no checkpoints found in checkpoint_dir",
+            r"difference in the common state dict in different ranks",  # the ranks' own counts of rows and seconds
             r"told to monitor a validation value and trainer's max_steps",
             r"Ignoring `trainer\.max_epochs`",
         )
