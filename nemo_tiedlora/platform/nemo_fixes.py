@@ -328,3 +328,33 @@ def generation_without_dropout(restore: Restore) -> None:
                 module.training = True
 
     restore.set(MegatronGPTSFTModel, "predict_step", predict_step)
+
+
+@patch(needed=lambda: True)
+def pieces_of_a_batch(restore: Restore) -> None:
+    """Every data-parallel rank takes each n-th row, so micro-batches consist of other rows than in one process.
+
+    A step's loss is the mean of its micro-batches' mean losses, in which tokens then weigh otherwise: another curve for
+    every number of ranks. They take each n-th micro-batch of the one process.
+    """
+    from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
+        MegatronPretrainingBatchSampler,
+    )
+
+    stock = MegatronPretrainingBatchSampler.__iter__
+
+    @wraps(stock)
+    def batches(self):
+        if not (self.drop_last or self.pad_samples_to_global_batch_size):  # the last batch has no such pieces
+            yield from stock(self)
+            return
+        size, ranks, piece = self._global_batch_size, self.data_parallel_size, self.micro_batch_size
+        mine = [row for row in range(size) if row // piece % ranks == self.data_parallel_rank]
+        for start in range(self.consumed_samples % self.total_samples, self.total_samples, size):
+            batch = list(range(start, min(start + size, self.total_samples)))
+            if len(batch) < size and self.drop_last:
+                return
+            batch += [-1] * (size - len(batch))
+            yield [batch[row] for row in mine]
+
+    restore.set(MegatronPretrainingBatchSampler, "__iter__", batches)

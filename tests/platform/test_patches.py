@@ -360,6 +360,21 @@ def generation_without_dropout(**_):
 
 
 @probe
+def pieces_of_a_batch(**_):
+    from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
+        MegatronPretrainingBatchSampler as Sampler,
+    )
+
+    def pieces(rank, ranks):
+        sampler = Sampler(21, 0, 2, 8, rank, ranks, drop_last=False, pad_samples_to_global_batch_size=True)
+        return [{tuple(batch[at : at + 2]) for at in range(0, len(batch), 2)} for batch in sampler]
+
+    alone, first, second = pieces(0, 1), pieces(0, 2), pieces(1, 2)
+    assert len(alone) == 3 and (18, 19) in alone[2] and (20, -1) in alone[2]
+    assert [ours | others for ours, others in zip(first, second, strict=True)] == alone
+
+
+@probe
 def rows_by_epoch(**_):
     from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
 
