@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 
+from nemo_tiedlora import console
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.platform.threads import wait_passively
 
-app = typer.Typer(add_completion=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -32,12 +33,7 @@ def main(
 ) -> None:
     """Continue each prompt as it stands; write the adapter's prompt template out."""
     wait_passively()
-    try:
-        texts = prompts or _lines(file)
-        run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+    run(prompts or _lines(file), base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose)
 
 
 def run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose):
@@ -60,11 +56,12 @@ def _lines(file: Path | None) -> list[str]:
         raise UsageError("file", str(file), "no such file")
     if file is None and sys.stdin.isatty():
         raise UsageError("prompts", None, "give prompts as arguments, with --file, or on standard input")
-    lines = [line for line in (file.read_text() if file else sys.stdin.read()).splitlines() if line.strip()]
+    text = file.read_text(encoding="utf-8") if file else sys.stdin.read()
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UsageError("file" if file else "prompts", str(file or "standard input"), "there is no prompt in it")
     return lines
 
 
 if __name__ == "__main__":
-    app()
+    console.run(app)

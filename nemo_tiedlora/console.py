@@ -42,10 +42,12 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def run(app: typer.Typer) -> None:
-    """Run a command: a mistake in the input ends in one line and exit code 2."""
+def run(app: typer.Typer, name: str | None = None) -> None:
+    """Run a command, in UTF-8 whatever the locale: a mistake in the input ends in one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8")
     try:
-        app()
+        app(prog_name=name)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

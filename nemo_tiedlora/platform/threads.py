@@ -9,7 +9,7 @@ def wait_passively() -> None:
     A spinning thread takes a core from the one it waits for: beside any other load, a step of a small model takes
     many times as long.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as libgomp has it: in Turkish, "I" is no capital of "i"
 
 
 def use_one_thread() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,7 +15,8 @@ NASTY = "<script>alert('x')</script>|*$a_b$*"
 
 def run(*arguments):
     command = [sys.executable, "-m", "benchmark_suite.report", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}  # a locale that lacks our letters
+    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
 
 
 @pytest.fixture
