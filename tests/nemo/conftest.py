@@ -1,13 +1,9 @@
 """NeMo itself, entered once per file, and toy bases saved by it."""
 
 import pytest
-import torch
 import toy
 
 from nemo_tiedlora import platform, register
-
-# A toy's operators are too small for threads: with any other load on the machine they cost ten times the time.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

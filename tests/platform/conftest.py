@@ -4,14 +4,10 @@ import logging
 from contextlib import contextmanager
 
 import pytest
-import torch
 import toy
 
 from nemo_tiedlora import platform
 from nemo_tiedlora.platform.patch import Restore
-
-# A toy's operators are too small for threads: with any other load on the machine they cost ten times the time.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
