@@ -44,6 +44,11 @@ class Script:
         arguments = list(map(str, arguments))
         self._process = _started(_run_script, self._paths, str(cwd or Path.cwd()), environment or {}, arguments)
 
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
         return self._process.exitcode
@@ -116,6 +121,8 @@ def _started(target: Callable, *arguments: Any) -> multiprocessing.Process:
 
 def _run_script(streams: list[Path], folder: str, environment: dict[str, str], arguments: list[str]) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, tests too, ignore these two
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = open(0, closefd=False)

@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import toy
@@ -167,12 +166,14 @@ def test_being_stopped_is_no_fault_of_a_cell(runner, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_told_to_end_says_so_by_its_exit_code(base, tmp_path, number):
     arguments = ["sweep", "--tasks", "before-v1", "--variants", "TL5", "--results", str(tmp_path)]
-    process = command(*arguments, start_new_session=True)
+    process = command(*arguments)
     wait_for("started.json", tmp_path)
-    time.sleep(8)
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # as a terminal does
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 128 + number, err[-2000:]
+    time.sleep(2)
+    if number == signal.SIGINT:  # a terminal sends it to both
+        os.kill(*children(process), number)
+    process.send_signal(number)
+    code, _, err = process.finish(100)
+    assert code == 128 + number, err[-2000:]
     assert f"ended by {number.name}; the same command goes on from here" in err
 
 
@@ -220,11 +221,12 @@ def test_parts_of_a_sweep_are_all_of_it():
             sweeping.part_of(cells, wrong)
 
 
-def command(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmark_suite", *arguments],
-        cwd=ROOT, env=toy.FRESH, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
+def command(*arguments):
+    return forked.Script("-m", "benchmark_suite", *arguments, cwd=ROOT)
+
+
+def children(process):
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
 def wait_for(name, folder):
@@ -239,11 +241,10 @@ def test_a_killed_sweep_goes_on_where_it_was(base, tmp_path):
     killed = command(*arguments)
     wait_for("result.json", tmp_path)
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.finish()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("predictions.jsonl")}
-    process = command(*arguments)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err[-2000:]
+    code, out, err = command(*arguments).finish(400)
+    assert code == 0, err[-2000:]
     assert [result["status"] for result in json.loads(out)["results"]] == ["done"] * 4
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
 
@@ -259,13 +260,12 @@ def test_a_sweep_survives_what_kills_its_process(base, tmp_path):
             with contextlib.suppress(FileNotFoundError):
                 attempts = json.loads(started.read_text())["attempts"]
                 if attempts > killed:
-                    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                    os.kill(int(child), signal.SIGKILL)
+                    os.kill(*children(process), signal.SIGKILL)
                     killed = attempts
         time.sleep(0.02)
-    out, err = process.communicate()
+    code, out, err = process.finish()
     found = {result["variant"]: result for result in json.loads(out)["results"]}
-    assert process.returncode == 1 and killed == ATTEMPTS, err[-2000:]
+    assert code == 1 and killed == ATTEMPTS, err[-2000:]
     assert found["LoRA"]["status"] == "done" and found["TL5"]["status"] == "failed"
     assert "killed" in found["TL5"]["error"] and err.count("killed by SIGKILL") == ATTEMPTS
 
@@ -279,28 +279,35 @@ def test_a_mistake_is_refused_by_name_before_anything_is_loaded(tmp_path):
         ("--variants", "LoRA,TL6", "--ranks", "4,500"): "LoRA.rank=500: larger than the layer",
     }
     for arguments, message in cases.items():
-        process = command("sweep", "--results", str(tmp_path / "r"), *arguments)
-        out, err = process.communicate(timeout=100)
-        assert process.returncode == 2 and message in err and err.count("\n") == 1, (arguments, err)
+        code, _, err = command("sweep", "--results", str(tmp_path / "r"), *arguments).finish(100)
+        assert code == 2 and message in err and err.count("\n") == 1, (arguments, err)
+
+
+REAL = [id for id in benchmark_suite.list_tasks() if benchmark_suite.spec(id).source.path]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real rows are not beside the checkout")
-def test_every_task_goes_from_real_rows_to_the_report(base, tmp_path):
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["boolq-v1", "boolq-instruct-v1", "dialogsum-v1", "gsm8k-v1", "stsb-v1"],
+        pytest.param(REAL, marks=pytest.mark.thorough),
+    ],
+    ids=["some", "all"],
+)
+def test_tasks_go_from_real_rows_to_the_report(base, tmp_path, ids):
     """A few steps on a few rows: this is about every task's way through, not about scores."""
-    ids = [id for id in benchmark_suite.list_tasks() if benchmark_suite.spec(id).source.path]
-    assert len(ids) >= 20
+    assert len(REAL) >= 20
     sizes = ("--steps", "2", "--limit", "6", "--max-seq-length", "128", "--lrs", "1e-2")
     where = ("--data-root", str(DATA), "--results", str(tmp_path))
     arguments = ["sweep", "--tasks", ",".join(ids), "--variants", "TL6", *sizes, *where]
-    process = command(*arguments, "--json")
-    out, err = process.communicate(timeout=1500)
-    assert process.returncode == 0, err[-2000:]
+    code, out, err = command(*arguments, "--json").finish(1500)
+    assert code == 0, err[-2000:]
     for result in json.loads(out)["results"]:
         assert result["status"] == "done", result
         assert all(score["count"] == 6 for score in result["metrics"].values())
         rows = (next(tmp_path.glob(f"{result['task']}/TL6/*/predictions.jsonl"))).read_text().splitlines()
         assert len(rows) == 6
-    report = command("report", str(tmp_path), "--json")
-    out, err = report.communicate(timeout=200)
-    assert report.returncode == 0, err[-2000:]
+    code, out, err = command("report", str(tmp_path), "--json").finish(200)
+    assert code == 0, err[-2000:]
     assert {id for id in ids if id in out} == set(ids)

@@ -2,17 +2,16 @@
 
 import io
 import json
-import os
 import random
 import resource
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -305,7 +304,7 @@ sys.path.insert(0, {tests!r})
 from checkpoint.conftest import _make
 from nemo_tiedlora.checkpoint import write
 adapters = [_make(preset="LoRA", seed=seed, shape={{"hidden_size": 256}}) for seed in range(2)]
-print("ready", flush=True)
+open({ready!r}, "w").close()
 while True:
     for adapter in adapters:
         write(adapter, {path!r})
@@ -315,24 +314,27 @@ while True:
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_while_writing_leaves_a_whole_adapter(make, tmp_path, place):
     adapters = [make(preset="LoRA", seed=seed, shape={"hidden_size": 256}) for seed in range(2)]
-    path = tmp_path / place
+    path, ready, script = tmp_path / place, tmp_path / "ready", tmp_path / "writer.py"
     write(adapters[0], path)
-    code = WRITER.format(tests=str(Path(__file__).parents[1]), path=str(path))
+    script.write_text(WRITER.format(tests=str(Path(__file__).parents[1]), path=str(path), ready=str(ready)))
     draw = random.Random(0)
     seen = set()
     for _ in range(6):
-        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            for _ in range(10):  # stopped is as good as killed to a reader, and a new process takes seconds
-                time.sleep(draw.uniform(0, 0.03))
-                os.kill(process.pid, signal.SIGSTOP)
-                found = read(path).tensors
-                matching = [all(torch.equal(found[k], one.tensors[k]) for k in found) for one in adapters]
-                assert any(matching)
-                seen.add(matching.index(True))
-                os.kill(process.pid, signal.SIGCONT)
-            time.sleep(draw.uniform(0, 0.02))
-            process.kill()
+        ready.unlink(missing_ok=True)
+        process = forked.Script(script)
+        while not ready.exists() and process.poll() is None:
+            time.sleep(0.01)
+        for _ in range(10):  # stopped is as good as killed to a reader, and quicker
+            time.sleep(draw.uniform(0, 0.03))
+            process.send_signal(signal.SIGSTOP)
+            found = read(path).tensors
+            matching = [all(torch.equal(found[k], one.tensors[k]) for k in found) for one in adapters]
+            assert any(matching)
+            seen.add(matching.index(True))
+            process.send_signal(signal.SIGCONT)
+        time.sleep(draw.uniform(0, 0.02))
+        process.send_signal(signal.SIGKILL)
+        assert process.finish()[0] == -signal.SIGKILL
         found = read(path).tensors
         assert any(all(torch.equal(found[k], one.tensors[k]) for k in found) for one in adapters)
         write(adapters[0], path)

@@ -41,8 +41,15 @@ def adapted(finetuning, scheme, settings, base="llama"):
     return model
 
 
-@pytest.mark.parametrize("targets", [["all"], EVERY_MATRIX], ids=["fused", "single"])
-@pytest.mark.parametrize("case", CASES)
+def cases_on_targets():
+    """Every case on fused and on single matrices, as test parameters: `make test` takes every second pair."""
+    for number, case in enumerate(CASES):
+        for kind, targets in enumerate((["all"], EVERY_MATRIX)):
+            marks = [pytest.mark.thorough] if (number + kind) % 2 else []
+            yield pytest.param(case, targets, id=f"{case}-{['fused', 'single'][kind]}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "targets"), cases_on_targets())
 def test_saved_loaded_and_merged_give_the_same_logits(finetuning, files, tmp_path, case, targets):
     scheme, settings = CASES[case]
     model = adapted(finetuning, scheme, settings | {"target_modules": targets})
