@@ -3,6 +3,9 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
+# Without bytecode every process compiles NeMo anew, which takes longer than importing it.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-thorough lint clean
 
 setup: $(STAMP)
@@ -20,6 +23,9 @@ $(STAMP): requirements.txt setup.py
 
 demo: setup
 	$(PY) examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
+
+# Tests read and write UTF-8.
+test test-thorough: export LC_ALL = C.UTF-8
 
 test: setup lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough"
