@@ -1,20 +1,19 @@
 """Checks of everything a user gives a job, in the seconds before NeMo is imported."""
 
-import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from nemo_tiedlora.checkpoint import is_canonical, read
-from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
+from nemo_tiedlora.nemo.rows import check_data
 from nemo_tiedlora.nemo.sizes import check_fit
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
@@ -69,7 +68,7 @@ def check_sections(data: DictConfig) -> None:
     if data.train_ds.file_names is None and not named:
         return
     for split in dict.fromkeys(("train_ds", "validation_ds", *named)):
-        check_data(data[split], f"model.data.{split}")
+        check_data(data[split], f"model.data.{split}", bool(data.get("chat")))
 
 
 def scheme_of(cfg: DictConfig) -> str:
@@ -140,55 +139,6 @@ def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Pat
             )
     if is_gated(saved) != is_gated(base):
         raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")
-
-
-def check_data(section: DictConfig, field: str) -> None:
-    """Check every row of a dataset's files against its prompt template."""
-    names = section.get("file_names")
-    if not names:
-        raise UsageError(f"{field}.file_names", names, "name at least one JSONL file, e.g. [train.jsonl]")
-    if not isinstance(names, ListConfig):
-        raise UsageError(f"{field}.file_names", names, f"write a list: [{names}]")
-    template, label = section.prompt_template, section.label_key
-    if not isinstance(template, str):
-        raise UsageError(f"{field}.prompt_template", template, 'write text such as "{input} {output}"')
-    placeholders = re.findall(r"{(.*?)}", template)
-    if not template.endswith(f"{{{label}}}"):
-        raise UsageError(f"{field}.prompt_template", template, f"must end with the label_key, {{{label}}}")
-    for name in filter(None, (section.get("truncation_field") or "").split(",")):
-        if name not in placeholders:
-            raise UsageError(
-                f"{field}.truncation_field", name, f"not in the prompt template; {closest(name, placeholders)}"
-            )
-    for name in names:
-        _check_rows(Path(name), f"{field}.file_names", placeholders)
-
-
-def _check_rows(path: Path, field: str, placeholders: list[str]) -> None:
-    if not path.is_file():
-        raise UsageError(field, str(path), "no such file")
-    rows = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                raise UsageError(field, str(path), f"line {number} is empty; every line must be a JSON object")
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(field, str(path), f"line {number} is not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UsageError(field, str(path), f"line {number} is not a JSON object")
-            for name in placeholders:
-                if name not in row:
-                    raise UsageError(
-                        field, str(path), f"line {number} has no field {name!r} of the prompt template; "
-                        + closest(name, row),
-                    )  # fmt: skip
-                if not isinstance(row[name], str):
-                    raise UsageError(field, str(path), f"line {number}: {name!r} is {row[name]!r}; it must be text")
-            rows += 1
-    if not rows:
-        raise UsageError(field, str(path), "the file is empty")
 
 
 def check_output(folder: Path, field: str) -> None:
