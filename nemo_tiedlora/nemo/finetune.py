@@ -24,6 +24,7 @@ from nemo_tiedlora.nemo.lock import hold
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.rows import chat_form, first_row
+from nemo_tiedlora.nemo.settings import check_outline, check_settings
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.variants import SCHEMES, Dynamic, TiedConfig, VariantConfig, config_for
@@ -49,7 +50,9 @@ def finetune(cfg: DictConfig) -> Path:
         RunError: the run cannot go on: it diverged.
         SystemExit: a signal ended training (128 + signal); the same call continues it.
     """
+    check_outline(cfg)
     OmegaConf.resolve(cfg)
+    check_settings(cfg)
     as_asked = OmegaConf.to_yaml(cfg)
     with open_dict(cfg):
         cfg.model.peft.peft_scheme = scheme_of(cfg)

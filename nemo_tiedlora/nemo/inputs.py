@@ -46,12 +46,12 @@ def check(cfg: DictConfig, base: DictConfig) -> None:
         check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
-    check_layout(cfg.model)
+    check_layout(cfg.model, base)
     check_sections(cfg.model.data)
 
 
-def check_layout(model: DictConfig) -> None:
-    """Refuse layouts that NeMo or this machine's layers cannot run."""
+def check_layout(model: DictConfig, base: DictConfig) -> None:
+    """Refuse layouts that NeMo, this machine's layers or the base's shape cannot be run in."""
     interleaved = model.get("virtual_pipeline_model_parallel_size")
     if interleaved not in (None, 1):
         field = "model.virtual_pipeline_model_parallel_size"
@@ -60,12 +60,23 @@ def check_layout(model: DictConfig) -> None:
     if context > 1 and not find_spec("transformer_engine"):
         way_out = "needs the attention of Transformer Engine, which is not installed; set it to 1"
         raise UsageError("model.context_parallel_size", context, way_out)
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if base.get(name) and base[name] % tensor:
+            way_out = f"does not divide the base's {name}, {base[name]}"
+            raise UsageError("model.tensor_model_parallel_size", tensor, way_out)
+    if base.num_layers % pipeline:
+        way_out = f"does not divide the base's {base.num_layers} layers"
+        raise UsageError("model.pipeline_model_parallel_size", pipeline, way_out)
 
 
 def check_sections(data: DictConfig) -> None:
     """Check every data section. None naming files means the built-in task; test rows are optional."""
-    named = [split for split in ("train_ds", "validation_ds", "test_ds") if (data.get(split) or {}).get("file_names")]
-    if data.train_ds.file_names is None and not named:
+    splits = ("train_ds", "validation_ds", "test_ds")
+    named = [split for split in splits if (data.get(split) or {}).get("file_names") is not None]
+    if not named:
+        if data.get("chat"):
+            raise UsageError("model.data.chat", True, "the built-in task is no chat; name files of chat rows")
         return
     for split in dict.fromkeys(("train_ds", "validation_ds", *named)):
         check_data(data[split], f"model.data.{split}", bool(data.get("chat")))
