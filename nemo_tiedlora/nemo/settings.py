@@ -222,7 +222,7 @@ def _check_name(name: Any) -> None:
 
 
 def _check_schedule(cfg: DictConfig) -> None:
-    optim, steps = cfg.model.optim, cfg.trainer.max_steps
+    optim = cfg.model.optim
     betas = _plain(optim.get("betas"))
     if betas is not None and not (isinstance(betas, list) and len(betas) == 2 and all(map(SHARE[0], betas))):
         raise UsageError("model.optim.betas", betas, "must be two numbers from 0 to less than 1, e.g. [0.9, 0.98]")
@@ -231,11 +231,6 @@ def _check_schedule(cfg: DictConfig) -> None:
         return
     if not isinstance(schedule, DictConfig):
         raise UsageError("model.optim.sched", _plain(schedule), "must be a section of settings, or null")
-    steps = schedule.get("max_steps") or steps
-    used = sum(schedule.get(name) or 0 for name in ("warmup_steps", "constant_steps"))
-    if used > steps:
-        way_out = f"longer than the run, with the constant steps {used} of {steps} (trainer.max_steps)"
-        raise UsageError("model.optim.sched.warmup_steps", schedule.get("warmup_steps"), way_out)
     if (schedule.get("min_lr") or 0) > optim.get("lr", math.inf):
         raise UsageError("model.optim.sched.min_lr", schedule.min_lr, f"higher than model.optim.lr={optim.lr}")
 
