@@ -391,6 +391,8 @@ class _Say:
         """The first training row as the model sees it, with what is learned marked."""
         from nemo_tiedlora.nemo.preview import marked
 
+        if not parts:
+            return
         in_colour = self.console.is_terminal and not self.console.no_color
         how = "in bold" if in_colour else "between « and »"
         self.console.print(Text(f"first training row, what is learned {how}:\n").append(marked(parts, in_colour)))

@@ -320,6 +320,7 @@ def test_a_bad_row_ends_in_one_line(job, rows, message, chat):
     assert message in line and f"{TRAIN}.file_names='rows.jsonl'" in line and len(line) < 500
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_the_line_and_exit_code_2(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"input": "\\ud800", "output": "b"}\n')
     (tmp_path / "sound.jsonl").write_text(json.dumps({"input": "In line: Emma Ben", "output": "Vera"}) + "\n")

@@ -1,8 +1,10 @@
 """Chat rows as the model sees them: what is learned, what is cut, and NeMo's class as the reference for its form."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import toy
 
@@ -18,6 +20,7 @@ MARKED = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}A:{% generation %}{{ message['content'] }};"
     "{% endgeneration %}{% else %}Q:{{ message['content'] }}{% endif %}{% endfor %}"
 )
+SCRIPT = Path(__file__).parents[2] / "examples" / "megatron_gpt_finetuning.py"
 #: Says how many messages follow, so that no conversation begins as a longer one does.
 UNSTEADY = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
 ALTERNATING = (
@@ -194,3 +197,33 @@ def test_a_changed_file_is_read_anew_and_a_byte_order_mark_is_no_part_of_it(tmp_
         str(file), sentencepiece, memmap_workers=1, index_mapping_dir=str(tmp_path / "index"), max_seq_length=64
     )
     assert len(again) == 2 and seen(again) == seen(again, 1) == expected
+
+
+@pytest.mark.parametrize(("row", "steps"), [(messages("Say a name", "Kate"), 40), (conversation("Who?", "Kate"), 2)])
+def test_the_main_job_learns_and_answers_chat(tmp_path, row, steps):
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    code, out, err = forked.script(
+        SCRIPT,
+        "model.data.chat=true",
+        "model.data.train_ds.file_names=[chat.jsonl]",
+        "model.data.validation_ds.file_names=[chat.jsonl]",
+        "model.data.train_ds.max_seq_length=96",
+        "model.data.validation_ds.metric.name=exact_string_match",
+        "model.data.validation_ds.tokens_to_generate=6",
+        "model.global_batch_size=1",
+        "model.micro_batch_size=1",
+        "model.peft.tied_lora_tuning.target_modules=[all]",
+        "model.optim.lr=3e-2",
+        "model.optim.sched.warmup_steps=10",
+        f"trainer.max_steps={steps}",
+        f"trainer.val_check_interval={steps}",
+        cwd=tmp_path,
+    )
+    assert code == 0, err[-2000:]
+    assert out.startswith("first training row, what is learned between « and »:") and out.count("Kate") >= 2
+    summary = json.loads((tmp_path / out.splitlines()[-1]).read_text())
+    (sample,) = summary["samples"]
+    assert Path(summary["adapter"]).is_file() and sample["input"] and "Kate" in sample["expected"]
+    if steps > 2:
+        assert sample["expected"] == sample["after"] == "Kate"
+        assert (summary["metric_before"], summary["metric_after"]) == (0, 1)
