@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import forked
 import pytest
@@ -29,8 +28,9 @@ ALTERNATING = (
 )
 
 
-def hugging_face(template):
-    """NeMo's tokenizer as far as chat needs it, around a Hugging Face one: a token for each byte, and special ones."""
+def hugging_face(folder, template):
+    """NeMo's tokenizer around a Hugging Face one with a token for each byte, and special ones."""
+    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -40,12 +40,8 @@ def hugging_face(template):
     inner.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", chat_template=template)
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    return SimpleNamespace(
-        tokenizer=fast,
-        text_to_ids=lambda text: fast(text, add_special_tokens=False)["input_ids"],
-        ids_to_text=fast.decode,
-        eos_id=fast.eos_token_id,
-    )
+    fast.save_pretrained(folder / "tokenizer")
+    return AutoTokenizer(str(folder / "tokenizer"))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +94,9 @@ def test_without_a_template_turns_are_lines_and_answers_end_the_text(tmp_path, s
 
 
 def test_a_chat_template_writes_the_turns_and_the_answers_are_found(tmp_path):
-    chat = dataset(tmp_path, hugging_face(CHATML), [messages("Hé?", "Kate ✓", "And?", "Ben", system="Answer.")])
+    chat = dataset(
+        tmp_path, hugging_face(tmp_path, CHATML), [messages("Hé?", "Kate ✓", "And?", "Ben", system="Answer.")]
+    )
     assert seen(chat) == (
         "<|im_start|>system\nAnswer.<|im_end|>\n"
         "<|im_start|>user\nHé?<|im_end|>\n<|im_start|>assistant\n«Kate ✓<|im_end|>\n»"
@@ -107,7 +105,7 @@ def test_a_chat_template_writes_the_turns_and_the_answers_are_found(tmp_path):
 
 
 def test_a_template_with_generation_marks_says_itself_what_is_learned(tmp_path):
-    assert seen(dataset(tmp_path, hugging_face(MARKED), [messages("Hé?", "Kate", "And?", "Ben")])) == (
+    assert seen(dataset(tmp_path, hugging_face(tmp_path, MARKED), [messages("Hé?", "Kate", "And?", "Ben")])) == (
         "Q:Hé?A:«Kate;»Q:And?A:«Ben;»"
     )
 
@@ -120,7 +118,7 @@ def test_a_template_with_generation_marks_says_itself_what_is_learned(tmp_path):
     ],
 )
 def test_a_template_that_does_not_fit_is_refused_with_the_line(tmp_path, template, row, message):
-    chat = dataset(tmp_path, hugging_face(template), [messages("Who?", "Kate"), row])
+    chat = dataset(tmp_path, hugging_face(tmp_path, template), [messages("Who?", "Kate"), row])
     with pytest.raises(UsageError) as error:
         for index in range(2):
             chat.row(index)
