@@ -161,6 +161,8 @@ def learned_of_messages(messages: Messages, tokenizer, add_bos: bool = False) ->
             written = tokenizer.tokenizer.apply_chat_template(
                 messages, return_dict=True, return_assistant_tokens_mask=True
             )
+            if not any(written["assistant_masks"]):
+                raise Unwritable("the tokenizer's chat template marks nothing of it as generated")
             return written["input_ids"], [bool(said) for said in written["assistant_masks"]]
         encode = _by_template(tokenizer) if template else _plainly(tokenizer, add_bos)
         ids = encode(messages, False)
@@ -169,8 +171,10 @@ def learned_of_messages(messages: Messages, tokenizer, add_bos: bool = False) ->
             if message["role"] == "assistant":
                 prompt, answered = encode(messages[:number], True), encode(messages[: number + 1], False)
                 if ids[: len(answered)] != answered or answered[: len(prompt)] != prompt:
-                    way_out = "writes a turn otherwise once others follow, so that answers cannot be told from prompts"
-                    raise Unwritable(f"the tokenizer's chat template {way_out}; give it generation marks")
+                    why = (
+                        "the tokenizer writes a turn otherwise once others follow, so that answers cannot be told from"
+                    )
+                    raise Unwritable(f"{why} prompts; put generation marks into its chat template")
                 learned[len(prompt) : len(answered)] = [True] * (len(answered) - len(prompt))
     except TemplateError as error:
         raise Unwritable(f"the tokenizer's chat template refuses it ({error})") from None

@@ -22,6 +22,9 @@ MARKED = (
 SCRIPT = Path(__file__).parents[2] / "examples" / "megatron_gpt_finetuning.py"
 #: Says how many messages follow, so that no conversation begins as a longer one does.
 UNSTEADY = "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+UNMARKED = (
+    "{% for message in messages %}{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ message }}{% endfor %}"
+)
 ALTERNATING = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate') }}{% endif %}{{ message['content'] }}{% endfor %}"
@@ -114,6 +117,7 @@ def test_a_template_with_generation_marks_says_itself_what_is_learned(tmp_path):
     ("template", "row", "message"),
     [
         (UNSTEADY, messages("Who?", "Kate", "And?", "Ben"), "answers cannot be told from prompts"),
+        (UNMARKED, messages("Who?", "Kate"), "marks nothing of it as generated"),
         (ALTERNATING, messages("Who?", "Kate", system="Answer."), "refuses it (Roles must alternate)"),
     ],
 )
