@@ -96,14 +96,14 @@ def read_texts(path: str | Path, samples: int, field: str = "text") -> list[str]
     if not path.is_file():
         raise UsageError("data", str(path), "no such file")
     texts: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if len(texts) == samples:
                 break
             if path.suffix in (".jsonl", ".json"):
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UsageError("data", str(path), f"line {number} is not JSON ({error})") from None
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     way_out = closest(field, row) if isinstance(row, dict) else "it is not a JSON object"

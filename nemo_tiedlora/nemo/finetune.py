@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
@@ -23,6 +23,8 @@ from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, saved_co
 from nemo_tiedlora.nemo.lock import hold
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.record import Record
+from nemo_tiedlora.nemo.rows import chat_form, first_row
+from nemo_tiedlora.nemo.settings import check_outline, check_settings
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.variants import SCHEMES, Dynamic, TiedConfig, VariantConfig, config_for
@@ -48,7 +50,9 @@ def finetune(cfg: DictConfig) -> Path:
         RunError: the run cannot go on: it diverged.
         SystemExit: a signal ended training (128 + signal); the same call continues it.
     """
+    check_outline(cfg)
     OmegaConf.resolve(cfg)
+    check_settings(cfg)
     as_asked = OmegaConf.to_yaml(cfg)
     with open_dict(cfg):
         cfg.model.peft.peft_scheme = scheme_of(cfg)
@@ -181,7 +185,7 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
         if data.train_ds.get("concat_sampling_probabilities") is None:
             data.train_ds.concat_sampling_probabilities = [1 / len(names)] * len(names)
         for section in SECTIONS:
-            if data.get(section):
+            if data.get(section) and not data.chat:
                 data[section].prompt_template = _escaped(data[section].prompt_template)
             if data.get(section) and not data[section].get("index_mapping_dir"):
                 # NeMo would put its line index beside the data, which may be read-only.
@@ -218,6 +222,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
     from nemo_tiedlora.nemo.facts import Facts
     from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
     from nemo_tiedlora.nemo.model import build_model, build_trainer
+    from nemo_tiedlora.nemo.preview import check_datasets
     from nemo_tiedlora.nemo.progress import ProgressBar
     from nemo_tiedlora.nemo.resume import Recorded
 
@@ -232,6 +237,8 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
         write_text(folder / "config.yaml", as_asked)  # again: on a resume, NeMo moves a folder's files aside
         record.write(folder / RECORD)
     model = build_model(cfg, cfg.model.restore_from_path, trainer)
+    say.row(check_datasets(model, SECTIONS))
+    model.set_inference_config(decoding(model.cfg.data))  # NeMo would draw its answers at random
     scheme = scheme_of(cfg)
     if trainer.ckpt_path:
         say("\n".join([f"resuming from {trainer.ckpt_path}", *changed]))
@@ -322,6 +329,15 @@ def evaluate(trainer, model) -> float:
     return trainer.validate(model, verbose=False)[0][f"validation_{name}"]
 
 
+def decoding(data: DictConfig) -> dict[str, Any]:
+    """How answers are generated: greedily, to the end of the text or, in NeMo's chat rows, of the turn."""
+    section = data.validation_ds
+    config = {"greedy": True, "add_BOS": section.add_bos, "tokens_to_generate": section.tokens_to_generate}
+    if data.get("chat") and chat_form(first_row(section.file_names[0])) == "conversations":
+        config["end_strings"] = [(data.get("chat_prompt_tokens") or {}).get("turn_start", "<extra_id_1>")]
+    return config
+
+
 def generate_samples(model) -> list[dict[str, str]]:
     """Greedy completions of the first rows that ``evaluate`` used, beside what was expected."""
     data = model.cfg.data
@@ -330,9 +346,7 @@ def generate_samples(model) -> list[dict[str, str]]:
     rows = [dataset[index] for index in range(min(SAMPLES, len(dataset)))]
     batch = dataset.collate_fn(rows)
     length = model.cfg.data.validation_ds.tokens_to_generate
-    model.set_inference_config(
-        {"greedy": True, "add_BOS": model.cfg.data.validation_ds.add_bos, "tokens_to_generate": length}
-    )
+    model.set_inference_config(decoding(data))
     output = model.predict_step(batch, 0)
     decode = model.tokenizer.ids_to_text
     return [
@@ -372,6 +386,16 @@ class _Say:
 
     def __call__(self, line: str) -> None:
         self.console.print(Text(line))
+
+    def row(self, parts: list[tuple[str, bool]]) -> None:
+        """The first training row as the model sees it, with what is learned marked."""
+        from nemo_tiedlora.nemo.preview import marked
+
+        if not parts:
+            return
+        in_colour = self.console.is_terminal and not self.console.no_color
+        how = "in bold" if in_colour else "between « and »"
+        self.console.print(Text(f"first training row, what is learned {how}:\n").append(marked(parts, in_colour)))
 
     def samples(self, samples: list[dict[str, str]]) -> None:
         table = Table(show_lines=True)

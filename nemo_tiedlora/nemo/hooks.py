@@ -4,12 +4,15 @@ from functools import partial, partialmethod
 from typing import Any
 
 from lightning.pytorch import Callback
+from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, register_adapter
 
 from nemo_tiedlora.nemo import resume, saved
+from nemo_tiedlora.nemo.chat import ChatDataset
+from nemo_tiedlora.nemo.datasets import TemplateDataset
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.optimizer_states import inner, trained
 from nemo_tiedlora.nemo.parallel_adapter import ParallelAdapterPEFTConfig
@@ -25,6 +28,8 @@ def register_schemes() -> None:
     for adapted in (*LOCAL.values(), *TRANSFORMER_ENGINE.values()):
         if get_registered_adapter(adapted.__bases__[0]) is None:
             register_adapter(adapted.__bases__[0], adapted)
+    megatron_gpt_sft_model.GPTSFTChatDataset = ChatDataset
+    megatron_gpt_sft_model.GPTSFTDataset = TemplateDataset
     mixin = NLPAdapterModelMixin
     if not isinstance(mixin.__dict__["tie_weights"], partialmethod):
         mixin.tie_weights = partialmethod(_tie_weights, mixin.tie_weights)

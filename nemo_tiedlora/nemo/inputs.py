@@ -1,20 +1,19 @@
 """Checks of everything a user gives a job, in the seconds before NeMo is imported."""
 
-import json
 import os
-import re
 import shutil
 import tarfile
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from nemo_tiedlora.checkpoint import is_canonical, read
-from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
+from nemo_tiedlora.nemo.rows import check_data
 from nemo_tiedlora.nemo.sizes import check_fit
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
 from nemo_tiedlora.variants import SCHEMES, config_for
@@ -47,12 +46,12 @@ def check(cfg: DictConfig, base: DictConfig) -> None:
         check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
-    check_layout(cfg.model)
+    check_layout(cfg.model, base)
     check_sections(cfg.model.data)
 
 
-def check_layout(model: DictConfig) -> None:
-    """Refuse layouts that NeMo or this machine's layers cannot run."""
+def check_layout(model: DictConfig, base: DictConfig) -> None:
+    """Refuse layouts that NeMo, this machine's layers or the base's shape cannot be run in."""
     interleaved = model.get("virtual_pipeline_model_parallel_size")
     if interleaved not in (None, 1):
         field = "model.virtual_pipeline_model_parallel_size"
@@ -61,15 +60,26 @@ def check_layout(model: DictConfig) -> None:
     if context > 1 and not find_spec("transformer_engine"):
         way_out = "needs the attention of Transformer Engine, which is not installed; set it to 1"
         raise UsageError("model.context_parallel_size", context, way_out)
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if base.get(name) and base[name] % tensor:
+            way_out = f"does not divide the base's {name}, {base[name]}"
+            raise UsageError("model.tensor_model_parallel_size", tensor, way_out)
+    if base.num_layers % pipeline:
+        way_out = f"does not divide the base's {base.num_layers} layers"
+        raise UsageError("model.pipeline_model_parallel_size", pipeline, way_out)
 
 
 def check_sections(data: DictConfig) -> None:
     """Check every data section. None naming files means the built-in task; test rows are optional."""
-    named = [split for split in ("train_ds", "validation_ds", "test_ds") if (data.get(split) or {}).get("file_names")]
-    if data.train_ds.file_names is None and not named:
+    splits = ("train_ds", "validation_ds", "test_ds")
+    named = [split for split in splits if (data.get(split) or {}).get("file_names") is not None]
+    if not named:
+        if data.get("chat"):
+            raise UsageError("model.data.chat", True, "the built-in task is no chat; name files of chat rows")
         return
     for split in dict.fromkeys(("train_ds", "validation_ds", *named)):
-        check_data(data[split], f"model.data.{split}")
+        check_data(data[split], f"model.data.{split}", bool(data.get("chat")))
 
 
 def scheme_of(cfg: DictConfig) -> str:
@@ -140,55 +150,6 @@ def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Pat
             )
     if is_gated(saved) != is_gated(base):
         raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")
-
-
-def check_data(section: DictConfig, field: str) -> None:
-    """Check every row of a dataset's files against its prompt template."""
-    names = section.get("file_names")
-    if not names:
-        raise UsageError(f"{field}.file_names", names, "name at least one JSONL file, e.g. [train.jsonl]")
-    if not isinstance(names, ListConfig):
-        raise UsageError(f"{field}.file_names", names, f"write a list: [{names}]")
-    template, label = section.prompt_template, section.label_key
-    if not isinstance(template, str):
-        raise UsageError(f"{field}.prompt_template", template, 'write text such as "{input} {output}"')
-    placeholders = re.findall(r"{(.*?)}", template)
-    if not template.endswith(f"{{{label}}}"):
-        raise UsageError(f"{field}.prompt_template", template, f"must end with the label_key, {{{label}}}")
-    for name in filter(None, (section.get("truncation_field") or "").split(",")):
-        if name not in placeholders:
-            raise UsageError(
-                f"{field}.truncation_field", name, f"not in the prompt template; {closest(name, placeholders)}"
-            )
-    for name in names:
-        _check_rows(Path(name), f"{field}.file_names", placeholders)
-
-
-def _check_rows(path: Path, field: str, placeholders: list[str]) -> None:
-    if not path.is_file():
-        raise UsageError(field, str(path), "no such file")
-    rows = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                raise UsageError(field, str(path), f"line {number} is empty; every line must be a JSON object")
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UsageError(field, str(path), f"line {number} is not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UsageError(field, str(path), f"line {number} is not a JSON object")
-            for name in placeholders:
-                if name not in row:
-                    raise UsageError(
-                        field, str(path), f"line {number} has no field {name!r} of the prompt template; "
-                        + closest(name, row),
-                    )  # fmt: skip
-                if not isinstance(row[name], str):
-                    raise UsageError(field, str(path), f"line {number}: {name!r} is {row[name]!r}; it must be text")
-            rows += 1
-    if not rows:
-        raise UsageError(field, str(path), "the file is empty")
 
 
 def check_output(folder: Path, field: str) -> None:
