@@ -10,6 +10,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrai
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tiedlora import register
 from nemo_tiedlora.checkpoint.base import check_base
@@ -69,5 +70,7 @@ def _restored(cfg: DictConfig, base_path: str, trainer: Trainer) -> tuple[DictCo
     except (torch.OutOfMemoryError, OSError):
         raise
     except Exception as error:
+        if isinstance(error, CheckpointException):  # of several ranks
+            error, _ = next(iter(error.failures.values()))
         reason = (str(error).splitlines() or [""])[0]
         raise UsageError(BASE, base_path, f"NeMo cannot restore it ({type(error).__name__}: {reason})") from error

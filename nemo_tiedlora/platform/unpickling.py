@@ -23,9 +23,9 @@ def torch_load_without_code(restore: Restore) -> None:
     signature = inspect.signature(stock)
 
     def load(*args, **kwargs):
-        if not pickles.guarded():
-            return stock(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
+        if given.get("weights_only") is True or not pickles.guarded():
+            return stock(*args, **kwargs)
         try:
             return pickles.load(given["f"], given.get("map_location"), bool(given.get("mmap")))
         except pickles.Refused as error:
@@ -71,7 +71,10 @@ def row_indices_without_code(restore: Restore) -> None:
 
     def load_info(file):
         try:
-            return pickles.Plain.read(file)
+            info = pickles.Plain.read(file)
+            if not isinstance(info, dict):
+                raise pickles.Refused("not an index of rows")
+            return info
         except pickles.Refused as error:
             raise pickles.refusal(file, f"{error}; remove it, and it is made again") from None
 
