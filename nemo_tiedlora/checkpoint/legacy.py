@@ -88,6 +88,10 @@ def open_adapter(path: Path, field: str = "adapter") -> tuple[DictConfig, dict[t
             raise archive.error(f"of scheme {scheme}, {way_out}")
         if not scheme or scheme == "none":
             raise archive.error("a whole model, not an adapter")
+        try:
+            check_base_config(saved)
+        except UsageError as error:
+            raise archive.error(str(error)) from None
         return saved, _load(archive)
 
 

@@ -51,17 +51,21 @@ class Refused(ValueError):
     """Why a file is not read, in one line."""
 
 
-def load(file: str | Path | IO[bytes], map_location: Any = "cpu", mmap: bool = False, intact: bool = False) -> Any:
+def load(
+    file: str | Path | IO[bytes], map_location: Any = "cpu", mmap: bool = False, intact: bool = False, old: bool = False
+) -> Any:
     """What ``torch.save`` wrote to ``file``: tensors, containers, numbers and text.
 
     Args:
         intact: also compare the checksums in it, which torch does not; reads all of it once more.
+        old: also take torch's format of old, in which processes still send each other tensors.
 
     Raises:
         Refused: anything else is in it, or it is damaged.
     """
     try:
-        _check_zip(file, intact)
+        if not (old and isinstance(file, io.BytesIO) and file.getbuffer()[:2] != b"PK"):
+            _check_zip(file, intact)
         with torch.serialization.safe_globals(list(SAFE)), warnings.catch_warnings(action="ignore"):
             return torch_load(file, map_location=map_location, weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:

@@ -27,7 +27,7 @@ def torch_load_without_code(restore: Restore) -> None:
         if given.get("weights_only") is True or not pickles.guarded():
             return stock(*args, **kwargs)
         try:
-            return pickles.load(given["f"], given.get("map_location"), bool(given.get("mmap")))
+            return pickles.load(given["f"], given.get("map_location"), bool(given.get("mmap")), old=True)
         except pickles.Refused as error:
             raise pickles.refusal(given["f"], error) from None
 
