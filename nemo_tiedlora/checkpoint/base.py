@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nemo_tiedlora.checkpoint import pickles
 from nemo_tiedlora.checkpoint.archive import Archive, entry, opened
-from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, check_base_config, config_as_it_is, read_model_config
+from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, config_as_it_is, read_model_config
 from nemo_tiedlora.checkpoint.pieces import Pieces
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
@@ -53,11 +53,7 @@ class BaseFile(ABC):
 
     def __init__(self, archive: Archive):
         self.archive = archive
-        self.config: DictConfig = read_model_config(archive)
-        try:
-            check_base_config(self.config)
-        except UsageError as error:
-            raise archive.error(f"its {MODEL_CONFIG}: {error.field}={error.value!r}: {error.way_out}") from None
+        self.config: DictConfig = read_model_config(archive, whole=True)
 
     def _check_shapes(self, shapes: dict[str, Any], found: set[tuple[str, int]]) -> None:
         """Its weights are those of a model of the sizes that its config says.

@@ -16,7 +16,7 @@ from torch import Tensor
 from nemo_tiedlora.checkpoint import pickles
 from nemo_tiedlora.checkpoint.adapter import Adapter, Base, settings_of
 from nemo_tiedlora.checkpoint.archive import Archive, opened
-from nemo_tiedlora.checkpoint.model_config import check_base_config, read_model_config
+from nemo_tiedlora.checkpoint.model_config import read_model_config
 from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand
@@ -44,12 +44,11 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
         UsageError: not such a file, one of another scheme or variant, or one with missing ranks or tensors.
     """
     with opened(Path(path), field) as archive:
-        saved = read_model_config(archive)
+        saved = read_model_config(archive, whole=True)
         peft = saved.get("peft") or {}
         if peft.get("peft_scheme") != "lora" or not peft.get("lora_tuning"):
             raise archive.error(f"an adapter of scheme {peft.get('peft_scheme')}; only NeMo's lora can be converted")
         try:
-            check_base_config(saved)
             return _converted(saved, peft.lora_tuning, archive)
         except UsageError as error:
             raise error if error.value == str(path) else archive.error(str(error)) from None
@@ -80,7 +79,7 @@ def open_adapter(path: Path, field: str = "adapter") -> tuple[DictConfig, dict[t
         UsageError: damaged, one of this program's methods, or one that could run code or is not finite.
     """
     with opened(Path(path), field) as archive:
-        saved = read_model_config(archive)
+        saved = read_model_config(archive, whole=True)
         scheme = (saved.get("peft") or {}).get("peft_scheme")
         ours = [name for name in str(scheme).split(",") if name in SCHEMES]
         if ours:
@@ -88,10 +87,6 @@ def open_adapter(path: Path, field: str = "adapter") -> tuple[DictConfig, dict[t
             raise archive.error(f"of scheme {scheme}, {way_out}")
         if not scheme or scheme == "none":
             raise archive.error("a whole model, not an adapter")
-        try:
-            check_base_config(saved)
-        except UsageError as error:
-            raise archive.error(str(error)) from None
         return saved, _load(archive)
 
 

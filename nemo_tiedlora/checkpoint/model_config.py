@@ -30,8 +30,11 @@ SIZES = (*SHAPE_FIELDS, "encoder_seq_length", "max_position_embeddings", "make_v
 CALLED = ("_target_", "cls", "__target__")
 
 
-def read_model_config(files: Files) -> DictConfig:
+def read_model_config(files: Files, whole: bool = False) -> DictConfig:
     """The config among a model's or an adapter's files.
+
+    Args:
+        whole: it must have the sizes of a whole model.
 
     Raises:
         UsageError: it is damaged, not plain data, too large, or names what NeMo would run.
@@ -40,6 +43,8 @@ def read_model_config(files: Files) -> DictConfig:
     try:
         config = parse(text)
         check(config)
+        if whole:
+            check_base_config(config)
     except UsageError as error:
         raise files.error(f"its {MODEL_CONFIG}: {error.field}={error.value!r}: {error.way_out}") from None
     except ValueError as error:

@@ -109,7 +109,7 @@ def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> 
 def nemo_config(path: str | Path, field: str) -> DictConfig:
     """The model config of a base ``.nemo``, without a look at the rest; what loads it calls ``check_base`` first."""
     with opened(Path(path), field) as archive:
-        return read_model_config(archive)
+        return read_model_config(archive, whole=True)
 
 
 def saved_config(path: str | Path, field: str) -> DictConfig:

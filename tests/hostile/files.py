@@ -232,7 +232,6 @@ def bad_configs(canary: Path) -> Iterator[tuple[str, bytes]]:
     yield "a list", b"- 1\n- 2\n"
     yield "two documents", sound + b"---\na: 1\n"
     yield "a name twice", sound + b"hidden_size: 8\n"
-    yield "a date", b"a: 2001-01-01\n" + sound
     yield "a number of 5,000 digits", b"a: " + b"9" * 5000 + b"\n" + sound
     yield "an environment variable", b"a: ${oc.env:HOME}\n" + sound
     yield "references that grow", b'a: "xx"\nb: "${a}${a}"\n' + sound
@@ -274,7 +273,7 @@ def bad_weights(canary: Path, sound: dict[str, torch.Tensor]) -> Iterator[tuple[
         yield f"calls {name}", saved({**sound, "x": call})
     call = Call(os.system, f"touch {canary}")
     yield "calls deep inside", saved({**sound, "x": [{"y": (1, call)}]})
-    yield "calls as a name", saved({**sound, call: 1}) if False else saved([call])
+    yield "calls in a list", saved([call])
     yield "a bare pickle", pickle.dumps({**{key: 1 for key in sound}, "x": call})
     yield "an old torch file", saved({**sound, "x": call}, _use_new_zipfile_serialization=False)
     content = saved(sound)

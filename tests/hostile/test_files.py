@@ -16,7 +16,6 @@ from pathlib import Path
 import files
 import pytest
 import torch
-from checkpoint.conftest import make  # noqa: F401
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint.conftest import make  # noqa: F401
+from checkpoint.conftest import _make
 from omegaconf import OmegaConf
 
 from nemo_tiedlora.checkpoint import write
@@ -154,9 +154,9 @@ def test_a_base_that_is_not_megatron_core_is_refused(tmp_path):
     assert "not a Megatron-core GPT" in refusal(job(tmp_path), BASE | {"mcore_gpt": False})
 
 
-def test_an_adapter_for_another_base_is_refused(make, tmp_path):
+def test_an_adapter_for_another_base_is_refused(tmp_path):
     adapter = tmp_path / "adapter.nemo"
-    write(make(shape=BASE | {"hidden_size": 64}), adapter)
+    write(_make(shape=BASE | {"hidden_size": 64}), adapter)
     line = refusal(job(tmp_path, f"model.peft.restore_from_path={adapter}"))
     assert "made for another base: hidden_size was 64, here it is 32" in line
 

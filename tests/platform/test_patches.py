@@ -3,6 +3,8 @@
 A probe that passes without its patch means that these versions no longer need it: delete the patch.
 """
 
+import io
+import pickle
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -12,6 +14,7 @@ import torch
 import toy
 
 from nemo_tiedlora import platform
+from nemo_tiedlora.errors import UsageError
 
 BF16 = torch.bfloat16
 PROBES = {}
@@ -26,6 +29,30 @@ def linear_config(**overrides):
     from megatron.core.transformer import TransformerConfig
 
     return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, **overrides)
+
+
+@probe
+def torch_load_without_code(tmp_path, **_):
+    torch.save(Path.touch, tmp_path / "file")
+    with pytest.raises(UsageError, match="could run code"):
+        torch.load(tmp_path / "file", weights_only=False)
+
+
+@probe
+def piece_lists_without_code(tmp_path, **_):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Path.touch))
+    with pytest.raises(UsageError, match="could run code"):
+        FileSystemReader(tmp_path).read_metadata()
+
+
+@probe
+def row_indices_without_code(tmp_path, **_):
+    from nemo.collections.nlp.data.language_modeling import text_memmap_dataset
+
+    with pytest.raises(UsageError, match="could run code"):
+        text_memmap_dataset.pickle.load(io.BytesIO(pickle.dumps(Path.touch)))
 
 
 @probe
