@@ -55,23 +55,22 @@ class BaseFile(ABC):
         self.archive = archive
         self.config: DictConfig = read_model_config(archive, whole=True)
 
-    def _check_shapes(self, shapes: dict[str, Any], found: set[tuple[str, int]]) -> None:
-        """Its weights are those of a model of the sizes that its config says.
-
-        Args:
-            shapes: (out, in) by path; found: every (path, layer) that there is a weight of.
-        """
-        for target, where in TARGETS.items():
-            if where.part or where.path not in shapes:
-                continue
-            expected = shape(target, self.config)[::-1]
-            if tuple(shapes[where.path]) != expected:
-                sizes = f"{tuple(shapes[where.path])}; its {MODEL_CONFIG} says {expected}"
-                raise self.archive.error(f"{where.path} in it is of shape {sizes}")
-            layers = {layer for path, layer in found if path == where.path}
-            if layers != set(range(self.config.num_layers)):
+    def _check_shapes(self, shapes: dict[tuple[str, int], tuple[int, ...]]) -> None:
+        """Its weights, (out, in) by path and layer, are those of a model of the sizes that its config says."""
+        known = {where.path: target for target, where in TARGETS.items() if where.part is None}
+        paths = {path for path, _ in shapes if path in known}
+        if not paths:
+            raise self.archive.error("there are no weights of a transformer's layers in it")
+        for path, layer in shapes:
+            expected = shape(known[path], self.config)[::-1] if path in known else tuple(shapes[path, layer])
+            if tuple(shapes[path, layer]) != expected:
+                sizes = f"{tuple(shapes[path, layer])}; its {MODEL_CONFIG} says {expected}"
+                raise self.archive.error(f"{path} of layer {layer} in it has shape {sizes}")
+        for path in paths:
+            layers = sum(path == found for found, _ in shapes)
+            if layers != self.config.num_layers or max(layer for found, layer in shapes if found == path) >= layers:
                 raise self.archive.error(
-                    f"{where.path} is there for {len(layers)} layers; its {MODEL_CONFIG} says {self.config.num_layers}"
+                    f"{path} is there for {layers} layers; its {MODEL_CONFIG} says {self.config.num_layers}"
                 )
 
     @abstractmethod
@@ -145,7 +144,7 @@ class _Distributed(BaseFile):
             named = WEIGHT.fullmatch(index.fqn)
             if named:
                 self._note(index, named[2], named[1])
-        self._check_shapes(self.shapes, set(self.pieces))
+        self._check_shapes({place: tuple(self.shapes[place[0]]) for place in self.pieces})
 
     def _note(self, index: Any, path: str, layer: str | None) -> None:
         saved = self.metadata.state_dict_metadata[index.fqn]
@@ -243,7 +242,7 @@ class _Single(BaseFile):
             named = WEIGHT.fullmatch(key)
             if named and named[1]:
                 self.keys[named[2], int(named[1])] = key
-        self._check_shapes({path: self.state[key].shape for (path, _), key in self.keys.items()}, set(self.keys))
+        self._check_shapes({place: self.state[key].shape for place, key in self.keys.items()})
 
     def weight(self, path: str, layer: int) -> Tensor:
         if (path, layer) not in self.keys:

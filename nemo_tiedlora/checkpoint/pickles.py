@@ -12,7 +12,7 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
@@ -148,6 +148,8 @@ class PieceList(_Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("megatron.core.dist_checkpointing.") and name == "MCoreSavePlan":
             return _Plan
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "PurePosixPath"):
+            return PurePosixPath
         if module == "torch" and isinstance(vars(torch).get(name), self.VALUES):
             return vars(torch)[name]
         if module in self.OWN or (module, name) in self.SAFE:
