@@ -138,23 +138,23 @@ class _Distributed(BaseFile):
         self.metadata = self.checked.metadata
         self.storage = self.metadata.storage_data
         self.pieces: dict[tuple[str, int], list[_Piece]] = {}
-        self.shapes: dict[str, torch.Size] = {}
+        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.weights_in: dict[Any, list[tuple[str, int, _Piece]]] = {}
         for index in self.storage:
             named = WEIGHT.fullmatch(index.fqn)
             if named:
                 self._note(index, named[2], named[1])
-        self._check_shapes({place: tuple(self.shapes[place[0]]) for place in self.pieces})
+        self._check_shapes(self.shapes)
 
     def _note(self, index: Any, path: str, layer: str | None) -> None:
         saved = self.metadata.state_dict_metadata[index.fqn]
         chunk = next(chunk for chunk in saved.chunks if chunk.offsets == index.offset)
         *layers, rows, columns = (slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        self.shapes[path] = saved.size[-2:]
         planes = range(layers[0].start, layers[0].stop) if layers else [int(layer or 0)]
         if planes[-1] >= self.config.num_layers:
             raise self.archive.error(f"{index.fqn} is of layer {planes[-1]}; there are {self.config.num_layers}")
         for plane, number in enumerate(planes):
+            self.shapes[path, number] = tuple(saved.size[-2:])
             piece = _Piece(index, plane if layers else None, rows, columns)
             self.pieces.setdefault((path, number), []).append(piece)
             self.weights_in.setdefault(index, []).append((path, number, piece))
@@ -168,7 +168,7 @@ class _Distributed(BaseFile):
             if piece.plane is not None:
                 tensor = tensor[piece.plane]
             if weight is None:
-                weight = tensor.new_empty(self.shapes[path])
+                weight = tensor.new_empty(self.shapes[path, layer])
             weight[piece.rows, piece.columns] = tensor
         return weight
 

@@ -118,7 +118,7 @@ def assert_refused(door, path, canary, out=None):
 
 def check_base(path, adapter, job, canary, tmp_path):
     out = tmp_path / "out.nemo"
-    assert_refused(command("merge", "--base", path, "--adapter", adapter, "--out", out), path, canary, out)
+    assert_refused(command("merge", "--force", "--base", path, "--adapter", adapter, "--out", out), path, canary, out)
     assert_refused(generate("--base", path), path, canary)
     assert_refused(finetune(job, tmp_path / "run", restore_from_path=path), path, canary, tmp_path / "run")
 
@@ -126,7 +126,7 @@ def check_base(path, adapter, job, canary, tmp_path):
 def check_adapter(path, base, job, canary, tmp_path, scheme="tied_lora"):
     out = tmp_path / "out.nemo"
     assert_refused(command("inspect", path), path, canary)
-    assert_refused(command("merge", "--base", base, "--adapter", path, "--out", out), path, canary, out)
+    assert_refused(command("merge", "--force", "--base", base, "--adapter", path, "--out", out), path, canary, out)
     assert_refused(command("analyze", "conversion", "--base", base, "--adapter", path, "--out", tmp_path / "o.png"),
                    path, canary, tmp_path / "o.png")  # fmt: skip
     assert_refused(generate("--base", base, "--adapter", path), path, canary)
@@ -474,7 +474,7 @@ def test_sound_files_pass(base, pieces, adapter, tmp_path):
     for path in (files.pack(tmp_path / "lora.nemo", files.nemos_own()), adapter):
         assert saved_config(path, "adapter").peft.peft_scheme in ("lora", "tied_lora")
     assert command("convert", tmp_path / "lora.nemo", "--out", tmp_path / "new")[0] == 0
-    assert command("merge", "--base", base, "--adapter", adapter, "--out", tmp_path / "merged.nemo")[0] == 0
+    assert command("merge", "--force", "--base", base, "--adapter", adapter, "--out", tmp_path / "merged.nemo")[0] == 0
 
 
 def test_calls_do_call_where_nothing_stops_them(canary):
