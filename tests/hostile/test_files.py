@@ -90,8 +90,8 @@ def generate(*arguments):
     import megatron_gpt_generate
 
     result = CliRunner().invoke(megatron_gpt_generate.app, ["x", *map(str, arguments)])
-    assert isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stderr.removeprefix("error: ").rstrip("\n")
+    assert isinstance(result.exception, UsageError), result.exception
+    return 2, str(result.exception)
 
 
 def finetune(job, folder, **settings):
