@@ -29,11 +29,18 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Prompts per forward pass.", min=1)] = 16,
     precision: Annotated[str, typer.Option(help="32, bf16 or 16.")] = "32",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line: prompt and completion.")] = False,
+    trust_sha256: Annotated[
+        list[str] | None,
+        typer.Option(help="Read the file of this SHA-256 as NeMo would, though that runs what is in it; repeatable."),
+    ] = None,
     verbose: Annotated[bool, typer.Option(help="Show NeMo's own log.")] = False,
 ) -> None:
     """Continue each prompt as it stands; write the adapter's prompt template out."""
     wait_passively()
-    run(prompts or _lines(file), base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose)
+    from nemo_tiedlora.checkpoint.pickles import check_digests, trusting
+
+    with trusting(check_digests(trust_sha256, "trust-sha256")):
+        run(prompts or _lines(file), base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose)
 
 
 def run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose):

@@ -11,6 +11,9 @@ class UsageError(ValueError):
         super().__init__(" ".join(f"{field}={value!r}: {way_out}".split()))
         self.field, self.value, self.way_out = field, value, way_out
 
+    def __reduce__(self):  # ranks send each other their errors
+        return UsageError, (self.field, self.value, self.way_out)
+
     def under(self, section: str) -> "UsageError":
         """The same error with the field's full name: ``rank`` becomes ``model.peft.tied_lora_tuning.rank``."""
         return UsageError(f"{section}.{self.field}", self.value, self.way_out)

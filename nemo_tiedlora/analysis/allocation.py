@@ -1,11 +1,15 @@
 """Which modules DynaLoRA trained, and for how long (figure 5)."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_tiedlora.analysis.heatmap import Panel
 from nemo_tiedlora.errors import UsageError
+
+#: A log, or a number of steps, cannot be larger.
+MOST_BYTES, MOST_STEPS = 2**26, 2**53
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ def read(path: Path) -> Allocation:
     if not path.is_file():
         raise UsageError("file", str(path), "no such file")
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError("too large")
         log = json.loads(path.read_text(encoding="utf-8"))
         steps = {_module(name): count for name, count in zip(log["modules"], log["active_steps"], strict=True)}
-        if not steps or not all(type(count) is int and count >= 0 for count in steps.values()):
+        if not steps or len(steps) != len(log["modules"]):
+            raise ValueError("a module is there once")
+        if not all(type(count) is int and 0 <= count < MOST_STEPS for count in steps.values()):
             raise ValueError("active_steps are whole numbers")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         way_out = 'not an allocation log: {"modules": ["attention_qkv.0", ...], "active_steps": [...]}'
         raise UsageError("file", str(path), way_out) from None
     targets = list(dict.fromkeys(target for target, _ in steps))
@@ -45,7 +53,7 @@ def read(path: Path) -> Allocation:
 
 
 def _module(name: str) -> tuple[str, int]:
-    target, layer = name.rsplit(".", 1)
+    target, layer = re.fullmatch(r"([a-z_0-9]{1,64})\.(\d{1,5})", name, re.ASCII).groups()
     return target, int(layer)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from nemo_tiedlora.checkpoint.model_config import MOST_LAYERS, MOST_SIZE
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, TARGETS, expand
@@ -17,8 +18,6 @@ from nemo_tiedlora.variants.frozen import check
 
 #: Packages whose versions a saved adapter records.
 PACKAGES = ("nemo_tiedlora", "torch", "nemo_toolkit", "megatron-core")
-#: More than any model has; a file that declares more would only cost time.
-MOST_LAYERS = 10_000
 
 
 def installed() -> dict[str, str]:
@@ -202,7 +201,7 @@ def _check_shape(shape: dict[str, Any]) -> None:
         size = shape.get(name)
         if size is None and name in ("num_query_groups", "kv_channels"):
             continue
-        if type(size) is not int or size < 1 or (name == "num_layers" and size > MOST_LAYERS):
+        if type(size) is not int or not 1 <= size <= (MOST_LAYERS if name == "num_layers" else MOST_SIZE):
             raise UsageError(f"base.{name}", size, "not a size that a model can have")
     if shape["num_attention_heads"] % (shape.get("num_query_groups") or 1):
         raise UsageError("base.num_query_groups", shape["num_query_groups"], "does not divide the attention heads")

@@ -1,7 +1,7 @@
 """The linear layers' weights of a base ``.nemo``, one at a time and whole, however the file is sharded; without NeMo.
 
 Two kinds of file are read: a distributed checkpoint (``model_weights/`` of the ``torch_dist`` backend), and a single
-``model_weights.ckpt``.
+``model_weights.ckpt``. Before anything else, everything in them that NeMo would unpickle is looked at.
 """
 
 import hashlib
@@ -22,21 +22,21 @@ from typing import IO, Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from yaml import YAMLError
 
+from nemo_tiedlora.checkpoint import pickles
 from nemo_tiedlora.checkpoint.archive import Archive, entry, opened
+from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, config_as_it_is, read_model_config
+from nemo_tiedlora.checkpoint.pieces import Pieces
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
+from nemo_tiedlora.nemo.targets import TARGETS, shape
 
-MODEL_CONFIG = "model_config.yaml"
-METADATA = "model_weights/.metadata"
+FOLDER = "model_weights/"
+METADATA = f"{FOLDER}.metadata"
 SINGLE = "model_weights.ckpt"
 #: ``decoder.layers.<layer>.<path>.weight``; a distributed checkpoint may stack layers, and then names none.
 WEIGHT = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(?:(\d+)\.)?(\w+\.linear_\w+)\.weight")
-#: A config or the list of a checkpoint's pieces cannot be larger.
-MOST_CONFIG, MOST_METADATA = 16 * 2**20, 2**30
-
 #: What reading a list of pieces ends in that was made up.
 WRONG = (KeyError, AttributeError, StopIteration, ValueError, TypeError, IndexError)
 
@@ -53,11 +53,25 @@ class BaseFile(ABC):
 
     def __init__(self, archive: Archive):
         self.archive = archive
-        try:
-            text = archive.read(MODEL_CONFIG, MOST_CONFIG).decode()
-            self.config: DictConfig = OmegaConf.create(text)
-        except (UnicodeDecodeError, YAMLError) as error:
-            raise archive.error(f"its {MODEL_CONFIG} is damaged ({type(error).__name__})") from None
+        self.config: DictConfig = read_model_config(archive, whole=True)
+
+    def _check_shapes(self, shapes: dict[tuple[str, int], tuple[int, ...]]) -> None:
+        """Its weights, (out, in) by path and layer, are those of a model of the sizes that its config says."""
+        known = {where.path: target for target, where in TARGETS.items() if where.part is None}
+        paths = {path for path, _ in shapes if path in known}
+        if not paths:
+            raise self.archive.error("there are no weights of a transformer's layers in it")
+        for path, layer in shapes:
+            expected = shape(known[path], self.config)[::-1] if path in known else tuple(shapes[path, layer])
+            if tuple(shapes[path, layer]) != expected:
+                sizes = f"{tuple(shapes[path, layer])}; its {MODEL_CONFIG} says {expected}"
+                raise self.archive.error(f"{path} of layer {layer} in it has shape {sizes}")
+        for path in paths:
+            layers = sum(path == found for found, _ in shapes)
+            if layers != self.config.num_layers or max(layer for found, layer in shapes if found == path) >= layers:
+                raise self.archive.error(
+                    f"{path} is there for {layers} layers; its {MODEL_CONFIG} says {self.config.num_layers}"
+                )
 
     @abstractmethod
     def weight(self, path: str, layer: int) -> Tensor:
@@ -119,23 +133,28 @@ class _Distributed(BaseFile):
 
     def __init__(self, archive: Archive):
         super().__init__(archive)
-        self.metadata = _Metadata(io.BytesIO(archive.read(METADATA, MOST_METADATA))).load()
+        self.checked = Pieces(archive, FOLDER)
+        self.checked.check()
+        self.metadata = self.checked.metadata
         self.storage = self.metadata.storage_data
         self.pieces: dict[tuple[str, int], list[_Piece]] = {}
-        self.shapes: dict[str, torch.Size] = {}
+        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
         self.weights_in: dict[Any, list[tuple[str, int, _Piece]]] = {}
         for index in self.storage:
             named = WEIGHT.fullmatch(index.fqn)
             if named:
                 self._note(index, named[2], named[1])
+        self._check_shapes(self.shapes)
 
     def _note(self, index: Any, path: str, layer: str | None) -> None:
         saved = self.metadata.state_dict_metadata[index.fqn]
         chunk = next(chunk for chunk in saved.chunks if chunk.offsets == index.offset)
         *layers, rows, columns = (slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        self.shapes[path] = saved.size[-2:]
         planes = range(layers[0].start, layers[0].stop) if layers else [int(layer or 0)]
+        if planes[-1] >= self.config.num_layers:
+            raise self.archive.error(f"{index.fqn} is of layer {planes[-1]}; there are {self.config.num_layers}")
         for plane, number in enumerate(planes):
+            self.shapes[path, number] = tuple(saved.size[-2:])
             piece = _Piece(index, plane if layers else None, rows, columns)
             self.pieces.setdefault((path, number), []).append(piece)
             self.weights_in.setdefault(index, []).append((path, number, piece))
@@ -149,31 +168,15 @@ class _Distributed(BaseFile):
             if piece.plane is not None:
                 tensor = tensor[piece.plane]
             if weight is None:
-                weight = tensor.new_empty(self.shapes[path])
+                weight = tensor.new_empty(self.shapes[path, layer])
             weight[piece.rows, piece.columns] = tensor
         return weight
 
-    def _bytes(self, index: Any) -> bytes:
-        info = self.storage[index]
-        if getattr(info, "transform_descriptors", None):
-            raise self.archive.error(f"{index.fqn} is stored compressed, which this program does not read")
-        name = f"model_weights/{info.relative_path}"
-        if name not in self.archive.members:
-            raise self.archive.error(f"there is no {name} in it")
-        file = self.archive.open(name)
-        file.seek(info.offset)
-        content = file.read(info.length)
-        if len(content) != info.length:
-            raise self.archive.error(f"cut off: {name} in it ends before {index.fqn}")
-        return content
-
     def _load(self, index: Any) -> Tensor:
         try:
-            return torch.load(io.BytesIO(self._bytes(index)), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise self.archive.error(f"{index.fqn} in it is damaged ({type(error).__name__})") from None
+            return pickles.load(io.BytesIO(self.checked.bytes(index)))
+        except pickles.Refused as error:
+            raise self.archive.error(f"{index.fqn} in it: {error}") from None
 
     def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
         latest: tuple[tuple[str, int], Tensor | None] = (("", 0), None)
@@ -197,7 +200,7 @@ class _Distributed(BaseFile):
                     next(bar)
                     weights = [weight for weight in self.weights_in.get(index, ()) if weight[0] in paths]
                     if not weights:
-                        content = self._bytes(index)
+                        content = self.checked.bytes(index)
                     else:
                         tensor = self._load(index)
                         for path, layer, piece in weights:
@@ -225,13 +228,21 @@ class _Single(BaseFile):
         super().__init__(archive)
         with archive.open(SINGLE) as source, unpacked.open("wb") as file:
             shutil.copyfileobj(source, file)
-        with torch.serialization.safe_globals([io.BytesIO]):
-            self.state = torch.load(unpacked, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            self.state = pickles.load(unpacked, mmap=True)
+            if not isinstance(self.state, dict) or not all(isinstance(key, str) for key in self.state):
+                raise pickles.Refused("not tensors by name")
+            for key, value in self.state.items():
+                if key.endswith("_extra_state"):
+                    pickles.check_extra_state(value)
+        except pickles.Refused as error:
+            raise archive.error(f"{SINGLE} in it: {error}") from None
         self.keys = {}
         for key in self.state:
             named = WEIGHT.fullmatch(key)
             if named and named[1]:
                 self.keys[named[2], int(named[1])] = key
+        self._check_shapes({place: self.state[key].shape for place, key in self.keys.items()})
 
     def weight(self, path: str, layer: int) -> Tensor:
         if (path, layer) not in self.keys:
@@ -280,33 +291,19 @@ def open_base(path: Path, field: str = "base", scratch: Path | None = None) -> I
         yield base
 
 
-class _Metadata(pickle.Unpickler):
-    """Reads the list of a distributed checkpoint's pieces, and makes nothing but such lists."""
+def check_base(path: Path, field: str) -> DictConfig:
+    """The config of the base at ``path``, once NeMo can read all of it without running anything that is in it.
 
-    SAFE = {
-        "torch.distributed.checkpoint.metadata": None,
-        "torch.distributed.checkpoint.planner": None,
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "collections": {"OrderedDict"},
-    }
-    TORCH = (torch.dtype, torch.layout, torch.memory_format, type)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("megatron.core.dist_checkpointing.") and name == "MCoreSavePlan":
-            return _Plan
-        if module == "torch" and isinstance(getattr(torch, name, None), self.TORCH):
-            return getattr(torch, name)
-        allowed = self.SAFE.get(module, ())
-        if "." not in name and (allowed is None or name in allowed):
-            found = super().find_class(module, name)
-            if allowed or isinstance(found, type):  # of those modules their classes, not what they import to call
-                return found
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-class _Plan:
-    """How the ranks that saved the checkpoint shared the work: of no use to anyone else."""
+    Raises:
+        UsageError: it cannot, and it is no file that the user trusts.
+    """
+    if pickles.is_trusted(path):
+        return config_as_it_is(path, field)
+    try:
+        with open_base(path, field) as base:
+            return base.config
+    except UsageError as error:
+        raise pickles.with_digest(error, path) from None
 
 
 @contextmanager

@@ -1,25 +1,26 @@
-"""LoRA adapters in NeMo's own format, one file per tensor and pipeline rank, as canonical ones.
+"""Adapters in NeMo's own format, one file per tensor and pipeline rank: read safely, and LoRA as canonical ones.
 
 NeMo cuts ``linear_in`` along the rank (column-parallel layers) or along ``in`` (row-parallel ones), always cuts
 ``linear_out`` along ``out``, and counts each pipeline stage's layers from 0.
 """
 
 import io
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
-from yaml import YAMLError
 
+from nemo_tiedlora.checkpoint import pickles
 from nemo_tiedlora.checkpoint.adapter import Adapter, Base, settings_of
 from nemo_tiedlora.checkpoint.archive import Archive, opened
-from nemo_tiedlora.checkpoint.store import MODEL_CONFIG, MOST_BYTES
+from nemo_tiedlora.checkpoint.model_config import read_model_config
+from nemo_tiedlora.checkpoint.store import CONFIG
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand
-from nemo_tiedlora.variants import build, config_for
+from nemo_tiedlora.variants import SCHEMES, build, config_for
 
 #: NeMo's name of an adapter, and its target.
 ADAPTERS = {
@@ -43,44 +44,76 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
         UsageError: not such a file, one of another scheme or variant, or one with missing ranks or tensors.
     """
     with opened(Path(path), field) as archive:
-        try:
-            saved = OmegaConf.create(archive.read(MODEL_CONFIG, MOST_BYTES).decode())
-        except (UnicodeDecodeError, YAMLError) as error:
-            raise archive.error(f"its {MODEL_CONFIG} is damaged ({type(error).__name__})") from None
+        saved = read_model_config(archive, whole=True)
         peft = saved.get("peft") or {}
         if peft.get("peft_scheme") != "lora" or not peft.get("lora_tuning"):
             raise archive.error(f"an adapter of scheme {peft.get('peft_scheme')}; only NeMo's lora can be converted")
-        lora = peft.lora_tuning
-        if lora.get("variant", "nemo") != "nemo":
-            raise archive.error(f"of LoRA's variant {lora.variant}, which has other matrices; only nemo has ours")
-        settings = {
-            "preset": "LoRA",
-            "rank": lora.adapter_dim,
-            "alpha": float(lora.get("alpha") or lora.adapter_dim),
-            "dropout": lora.get("adapter_dropout") or 0.0,
-            "target_modules": expand(list(lora.get("target_modules") or ["attention_qkv"])),
-            "layer_selection": lora.get("layer_selection") and list(lora.layer_selection),
-        }
-        config = config_for("tied_lora", settings)
-        settings = settings_of(config, build(config, saved.num_layers), {})
-        return Adapter("tied_lora", settings, Base.of(saved), _whole(_load(archive), saved, archive))
+        try:
+            return _converted(saved, peft.lora_tuning, archive)
+        except UsageError as error:
+            raise error if error.value == str(path) else archive.error(str(error)) from None
+        except pickles.DAMAGED as error:
+            raise archive.error(f"its settings or tensors do not fit each other ({type(error).__name__})") from None
 
 
-def _load(archive: Archive) -> dict[tuple[int, int], dict[str, Any]]:
-    """The state dict of every (pipeline rank, tensor rank)."""
+def _converted(saved: DictConfig, lora: DictConfig, archive: Archive) -> Adapter:
+    if lora.get("variant", "nemo") != "nemo":
+        raise archive.error(f"of LoRA's variant {lora.variant}, which has other matrices; only nemo has ours")
+    settings = {
+        "preset": "LoRA",
+        "rank": lora.adapter_dim,
+        "alpha": float(lora.get("alpha") or lora.adapter_dim),
+        "dropout": lora.get("adapter_dropout") or 0.0,
+        "target_modules": expand(list(lora.get("target_modules") or ["attention_qkv"])),
+        "layer_selection": lora.get("layer_selection") and list(lora.layer_selection),
+    }
+    config = config_for("tied_lora", settings)
+    settings = settings_of(config, build(config, saved.num_layers), {})
+    return Adapter("tied_lora", settings, Base.of(saved), _whole(_load(archive), saved, archive))
+
+
+def open_adapter(path: Path, field: str = "adapter") -> tuple[DictConfig, dict[tuple[int, int], dict[str, Tensor]]]:
+    """The config of an adapter in NeMo's form, and its tensors by name for every (pipeline rank, tensor rank).
+
+    Raises:
+        UsageError: damaged, one of this program's methods, or one that could run code or is not finite.
+    """
+    with opened(Path(path), field) as archive:
+        saved = read_model_config(archive, whole=True)
+        scheme = (saved.get("peft") or {}).get("peft_scheme")
+        ours = [name for name in str(scheme).split(",") if name in SCHEMES]
+        if ours:
+            way_out = f"without the {CONFIG} that they are saved with; take the file as it was saved, or train it again"
+            raise archive.error(f"of scheme {scheme}, {way_out}")
+        if not scheme or scheme == "none":
+            raise archive.error("a whole model, not an adapter")
+        return saved, _load(archive)
+
+
+def _load(archive: Archive) -> dict[tuple[int, int], dict[str, Tensor]]:
     states = {}
     for name in archive.members:
         ranks = RANKS.fullmatch(name)
         if ranks:
-            content = io.BytesIO(archive.read(name, MOST_WEIGHTS))
             try:
-                state = torch.load(content, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-                raise archive.error(f"{name} in it cannot be read ({type(error).__name__})") from None
+                state = pickles.load(io.BytesIO(archive.read(name, MOST_WEIGHTS)))
+                _check_state(state)
+            except pickles.Refused as error:
+                raise archive.error(f"{name} in it: {error}") from None
             states[int(ranks[3] or 0), int(ranks[1] or ranks[2] or 0)] = state
     if not states:
         raise archive.error("there is no model_weights.ckpt in it")
     return states
+
+
+def _check_state(state: Any) -> None:
+    if not isinstance(state, dict):
+        raise pickles.Refused("not tensors by name")
+    for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise pickles.Refused(f"{key} is not a tensor of numbers")
+        if not tensor.isfinite().all():
+            raise pickles.Refused(f"{key} has NaN or infinity in it")
 
 
 def _whole(states: dict[tuple[int, int], dict[str, Any]], saved: DictConfig, archive: Archive) -> dict[str, Tensor]:

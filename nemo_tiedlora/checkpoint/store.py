@@ -23,13 +23,13 @@ from safetensors.torch import save as save_tensors
 
 from nemo_tiedlora.checkpoint.adapter import Adapter, Base, Method
 from nemo_tiedlora.checkpoint.archive import entry, opened
+from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, check, parse
 from nemo_tiedlora.checkpoint.stack import stack, unstack
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import move, replacing, write_bytes
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-MODEL_CONFIG = "model_config.yaml"
 FORMAT = 1
 #: A config, or the names in a tensor file, cannot be larger.
 MOST_BYTES = 4 * 2**20
@@ -60,16 +60,17 @@ def write(adapter: Adapter, path: str | Path) -> str:
     return json.loads(config)["sha256"]
 
 
-def is_canonical(path: str | Path) -> bool:
-    """Whether there is an adapter in this form at ``path``, readable or not."""
+def is_canonical(path: str | Path, field: str = "adapter") -> bool:
+    """Whether the adapter at ``path`` is in this form; a ``.nemo`` can also be in NeMo's.
+
+    Raises:
+        UsageError: no such file, or one that is damaged, so that nothing can be said of it.
+    """
     path = Path(path)
     if path.is_dir() or path.suffix == ".safetensors":
         return True
-    try:
-        with tarfile.open(path) as tar:
-            return any(Path(member.name).name in (CONFIG, TENSORS) for member in tar)
-    except (tarfile.TarError, EOFError, OSError, ValueError):
-        return False
+    with opened(path, field) as archive:
+        return CONFIG in archive.members or TENSORS in archive.members
 
 
 def read(path: str | Path, field: str = "adapter") -> Adapter:
@@ -81,7 +82,8 @@ def read(path: str | Path, field: str = "adapter") -> Adapter:
         field: what messages call the path.
 
     Raises:
-        UsageError: not such a file, one that was changed or cut off, or one whose tensors do not fit its settings.
+        UsageError: not such a file, one that was changed or cut off, one whose tensors do not fit its settings, or one
+            with NaN or infinity in it.
     """
     return read_with_sha256(path, field)[0]
 
@@ -104,6 +106,7 @@ def read_with_sha256(path: str | Path, field: str = "adapter") -> tuple[Adapter,
         _check_digest(config, "payload_sha256", payload, TENSORS)
         if model_config is not None:
             _check_digest(config, "model_config_sha256", model_config, MODEL_CONFIG)
+            check(parse(model_config))
         adapter = Adapter(
             scheme=config["method"],
             settings=config["settings"],
@@ -112,6 +115,9 @@ def read_with_sha256(path: str | Path, field: str = "adapter") -> tuple[Adapter,
             versions=config["versions"],
             model_config=model_config and model_config.decode(),
         )
+        for key, tensor in adapter.tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"the tensor {key} has NaN or infinity in it")
         return adapter, config["sha256"]
 
 

@@ -14,12 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_tiedlora import platform
+from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import write_text
 from nemo_tiedlora.nemo.calibrate import Calibration, groups_file
-from nemo_tiedlora.nemo.inputs import check, check_output, nemo_config, saved_config, scheme_of
+from nemo_tiedlora.nemo.inputs import check, check_output, saved_config, scheme_of
 from nemo_tiedlora.nemo.lock import hold
 from nemo_tiedlora.nemo.quiet import quiet
 from nemo_tiedlora.nemo.record import Record
@@ -59,7 +60,7 @@ def finetune(cfg: DictConfig) -> Path:
     if cfg.model.peft.restore_from_path:
         _take_saved_settings(cfg)
     path = cfg.model.restore_from_path
-    base = nemo_config(path, "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
+    base = check_base(Path(path), "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     check(cfg, base)
     if not path:
         path = embedded_base.base()

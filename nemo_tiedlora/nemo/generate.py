@@ -7,8 +7,9 @@ from pathlib import Path
 from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora import platform
+from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.inputs import check_adapter, nemo_config
+from nemo_tiedlora.nemo.inputs import check_adapter
 from nemo_tiedlora.nemo.quiet import quiet
 
 
@@ -61,7 +62,7 @@ def generator(base: Path, adapter: Path | None = None, precision: str | int = 32
     Raises:
         UsageError: a file that is no ``.nemo``, or an adapter made for another base.
     """
-    shape = nemo_config(base, "base")
+    shape = check_base(base, "base")
     if not shape.get("mcore_gpt"):
         raise UsageError("base", str(base), "not a Megatron-core GPT (mcore_gpt is not set)")
     peft = OmegaConf.create({"peft_scheme": "none"})

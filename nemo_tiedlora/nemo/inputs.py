@@ -1,16 +1,17 @@
 """Checks of everything a user gives a job, in the seconds before NeMo is imported."""
 
-import os
 import shutil
-import tarfile
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
 from nemo_tiedlora.checkpoint import is_canonical, read
+from nemo_tiedlora.checkpoint.archive import opened
+from nemo_tiedlora.checkpoint.legacy import open_adapter
+from nemo_tiedlora.checkpoint.model_config import config_as_it_is, parse, read_model_config
+from nemo_tiedlora.checkpoint.pickles import is_trusted, with_digest
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
 from nemo_tiedlora.nemo.rows import check_data
@@ -106,26 +107,23 @@ def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> 
 
 
 def nemo_config(path: str | Path, field: str) -> DictConfig:
-    """``model_config.yaml`` of a ``.nemo`` file, without unpacking the rest."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(field, str(path), "no such file" if not path.exists() else "not a .nemo file")
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if os.path.basename(member.name) == "model_config.yaml" and member.isfile():
-                    return OmegaConf.create(archive.extractfile(member).read().decode())
-    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError, YAMLError) as error:
-        raise UsageError(field, str(path), f"not a readable .nemo file ({type(error).__name__})") from None
-    raise UsageError(field, str(path), "not a .nemo file: there is no model_config.yaml in it")
+    """The model config of a base ``.nemo``, without a look at the rest; what loads it calls ``check_base`` first."""
+    with opened(Path(path), field) as archive:
+        return read_model_config(archive, whole=True)
 
 
 def saved_config(path: str | Path, field: str) -> DictConfig:
-    """The model config saved with an adapter, in the canonical form or in NeMo's."""
-    if not is_canonical(path):
-        return nemo_config(path, field)
+    """The model config saved with an adapter, in the canonical form or in NeMo's; all of the adapter is checked."""
+    path = Path(path)
+    if not is_canonical(path, field):
+        if is_trusted(path):
+            return config_as_it_is(path, field)
+        try:
+            return open_adapter(path, field)[0]
+        except UsageError as error:
+            raise with_digest(error, path) from None
     adapter = read(path, field)
-    own = OmegaConf.create(adapter.model_config) if adapter.model_config else OmegaConf.create({"mcore_gpt": True})
+    own = parse(adapter.model_config.encode()) if adapter.model_config else OmegaConf.create({"mcore_gpt": True})
     return adapter.put_into(OmegaConf.merge(own, adapter.base.shape))
 
 

@@ -116,10 +116,11 @@ class Epochs(_TrainingEpochLoop):
 
 
 def random_states() -> dict[str, Any]:
-    """Where every random number generator of this process is."""
+    """Where every random number generator of this process is, as plain data and tensors."""
+    kind, keys, *rest = numpy.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
+        "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "megatron": get_cuda_rng_tracker().get_states(),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from megatron.core import tensor_parallel
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
@@ -9,10 +10,16 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrai
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_tiedlora import register
+from nemo_tiedlora.checkpoint.base import check_base
+from nemo_tiedlora.checkpoint.pickles import as_it_is
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.interrupt import Epochs
 from nemo_tiedlora.nemo.resume import keep_one_last
+
+BASE = "model.restore_from_path"
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, Path | None]:
@@ -35,12 +42,15 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
 
 
 def build_model(cfg: DictConfig, base_path: Path, trainer: Trainer) -> MegatronGPTSFTModel:
-    """The base with a new adapter, with a saved one (``model.peft.restore_from_path``), or (scheme none) as it is."""
+    """The base with a new adapter, with a saved one (``model.peft.restore_from_path``), or (scheme none) as it is.
+
+    Raises:
+        UsageError: a base that could run code, or that NeMo cannot restore.
+    """
     register()
-    merged = MegatronGPTSFTModel.merge_cfg_with(str(base_path), cfg)
-    with open_dict(merged):
-        merged.use_cpu_initialization = trainer.strategy.root_device.type == "cpu"
-    model = MegatronGPTSFTModel.restore_from(str(base_path), merged, trainer=trainer)
+    check_base(Path(base_path), BASE)
+    with as_it_is(base_path):
+        merged, model = _restored(cfg, str(base_path), trainer)
     tensor_parallel.model_parallel_cuda_manual_seed(cfg.model.seed)
     make_peft = [PEFT_CONFIG_MAP[name] for name in str(cfg.model.peft.peft_scheme).split(",")]
     if cfg.model.peft.restore_from_path:
@@ -48,3 +58,19 @@ def build_model(cfg: DictConfig, base_path: Path, trainer: Trainer) -> MegatronG
     elif None not in make_peft:
         model.add_adapter([make(merged) for make in make_peft])
     return model
+
+
+def _restored(cfg: DictConfig, base_path: str, trainer: Trainer) -> tuple[DictConfig, MegatronGPTSFTModel]:
+    """The base and its config; what a stranger's config or weights make fail is that file's fault."""
+    try:
+        merged = MegatronGPTSFTModel.merge_cfg_with(base_path, cfg)
+        with open_dict(merged):
+            merged.use_cpu_initialization = trainer.strategy.root_device.type == "cpu"
+        return merged, MegatronGPTSFTModel.restore_from(base_path, merged, trainer=trainer)
+    except (torch.OutOfMemoryError, OSError):
+        raise
+    except Exception as error:
+        if isinstance(error, CheckpointException):  # of several ranks
+            error, _ = next(iter(error.failures.values()))
+        reason = (str(error).splitlines() or [""])[0]
+        raise UsageError(BASE, base_path, f"NeMo cannot restore it ({type(error).__name__}: {reason})") from error

@@ -38,7 +38,7 @@ def states(model, scheme: str) -> dict[str, State]:
         return _joined(model, dict(_shares(model, scheme)))
     optimizer = inner(model.trainer)
     return {
-        key: {"tensor": tensor, "settings": _settings(group), **optimizer.state.get(tensor, {})}
+        key: {"tensor": tensor, "settings": settings_of(group), **optimizer.state.get(tensor, {})}
         for key, group, tensor in trained(optimizer, scheme)
     }
 
@@ -87,7 +87,7 @@ def _joined(model, shares: dict[str, _Share]) -> dict[str, State]:
     for key, share in shares.items():
         state = {"tensor": share.main, **share.optimizer.state.get(share.main, {})}
         state = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-        mine[key] = (share.start, share.end, share.whole, {**state, "settings": _settings(share.group)})
+        mine[key] = (share.start, share.end, share.whole, {**state, "settings": settings_of(share.group)})
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     ranks = [mine] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(ranks, mine, group=group)
@@ -111,7 +111,8 @@ def _is_cut(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's group says beside its tensors."""
     return {name: value for name, value in group.items() if name not in ("params", "keys")}
 
 

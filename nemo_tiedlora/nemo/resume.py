@@ -6,16 +6,21 @@ file, which rank 0 writes and every rank of any layout reads its part of.
 """
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from nemo.utils.model_utils import inject_model_parallel_rank
 
+from nemo_tiedlora.checkpoint.adapter import specs_of
+from nemo_tiedlora.checkpoint.archive import Folder
+from nemo_tiedlora.checkpoint.pickles import Refused, as_it_is, is_trusted, load, with_digest
+from nemo_tiedlora.checkpoint.pieces import check_folder
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.optimizer_states import inner, restore, states
+from nemo_tiedlora.nemo.checked import Checked
+from nemo_tiedlora.nemo.optimizer_states import inner, restore, settings_of, states
 from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
 from nemo_tiedlora.nemo.sizes import sites
@@ -34,15 +39,18 @@ def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     checkpoint[KEY] = {scheme: whole(model, scheme, states(model, scheme)) for scheme in model.adaptations}
     checkpoint[RULES] = {scheme: adapted.bank.variant.drawing_rule for scheme, adapted in model.adaptations.items()}
     checkpoint["state_dict"], checkpoint["optimizer_states"] = {}, []
+    for name in ("hyper_parameters", "hparams_name", "hparams_type"):  # no plain data, and of no use here
+        checkpoint.pop(name, None)
 
 
 @torch.no_grad()
 def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
-    """Take this rank's part of every whole tensor and optimizer state.
+    """Take this rank's part of every whole tensor and optimizer state, once all of them are known to fit.
 
     Raises:
-        UsageError: it was trained against other frozen tensors; then nothing was changed.
+        UsageError: one does not, or was trained against other frozen tensors; then nothing was changed.
     """
+    _check(model, Checked(model.trainer.ckpt_path, checkpoint))
     for scheme in checkpoint[KEY]:
         _check_rule(model, scheme, checkpoint.get(RULES, {}).get(scheme, drawing_by_torch.RULE))
     for scheme, saved in checkpoint[KEY].items():
@@ -55,6 +63,18 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     for scheduler in checkpoint["lr_schedulers"]:
         for name in ("base_lrs", "_last_lr"):  # of every group, and all alike; there may be another number here
             scheduler[name] = scheduler[name][:1] * len(groups)
+
+
+def _check(model, checked: Checked) -> None:
+    checked.progress(model.trainer)
+    checked.names(KEY, checked.content[KEY], model.adaptations)
+    groups = inner(model.trainer).param_groups
+    for scheme, adapted in model.adaptations.items():
+        variant = adapted.bank.variant
+        specs = specs_of(variant, sites(variant.config, model.cfg))
+        shapes = {key: spec.shape(site, variant.rank) for key, (spec, site) in specs.items() if spec.trained}
+        mine = [settings_of(group) for group in groups if group.get("adapter", scheme) == scheme]
+        checked.whole(f"{KEY}.{scheme}", checked.content[KEY][scheme], shapes, mine or [{}])
 
 
 def _check_rule(model, scheme: str, trained: int) -> None:
@@ -92,21 +112,41 @@ def save_checkpoint(self, stock, checkpoint, filepath, storage_options=None):
 
 
 def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
-    """NLPDDPStrategy's, for one file.
+    """NLPDDPStrategy's, for one file; and its own ones without running what is in them.
 
     Raises:
-        UsageError: the file is cut off or was changed, or is of another run.
+        UsageError: a checkpoint that is cut off, was changed, could run code, does not fit, or is of another run.
     """
-    if Path(checkpoint_path).is_file() and only_ours(self.lightning_module):
-        _check_intact(Path(checkpoint_path))
-        checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path)
-    else:
-        checkpoint = stock(self, checkpoint_path, *args, **kwargs)
-    trainer = self.lightning_module.trainer
-    for callback in trainer.callbacks:
+    model = self.lightning_module
+    checkpoint = _loaded(self, stock, Path(checkpoint_path), *args, **kwargs)
+    checked = Checked(checkpoint_path, checkpoint)
+    for callback in model.trainer.callbacks:
         if isinstance(callback, Recorded):
-            callback.check(checkpoint, checkpoint_path, trainer.max_steps)
+            callback.check(checkpoint, checkpoint_path, model.trainer.max_steps)
+    checked.progress(model.trainer)
+    if Path(checkpoint_path).is_dir():
+        for name in ("state_dict", "optimizer_states"):
+            checked.finite(checkpoint.get(name), name)
+    elif not only_ours(model):
+        checked.state_dict(model.state_dict())
+        if not model.use_mcore_dist_optim:
+            checked.optimizer(inner(model.trainer))
+    elif KEY not in checkpoint:
+        raise checked.error(f"{KEY} is missing")
     return checkpoint
+
+
+def _loaded(strategy, stock, path: Path, *args, **kwargs) -> dict[str, Any]:
+    if path.is_dir():
+        check_folder(Folder(path, "checkpoint"))
+        return stock(strategy, path, *args, **kwargs)
+    file = path if only_ours(strategy.lightning_module) else Path(inject_model_parallel_rank(path))
+    if not file.is_file():
+        return stock(strategy, path, *args, **kwargs)
+    if is_trusted(file):
+        with as_it_is(file):
+            return strategy.checkpoint_io.load_checkpoint(file)
+    return _read(file)
 
 
 class Recorded(Callback):
@@ -125,22 +165,24 @@ class Recorded(Callback):
         if self.KEY not in checkpoint:
             way_out = "does not say what it was trained with; remove it to start again, or name another folder"
             raise UsageError("checkpoint", str(path), way_out)
-        self.record.check_continues(Record(**checkpoint[self.KEY]), path)
-        if checkpoint["global_step"] > max_steps:
-            way_out = f"{path} is of step {checkpoint['global_step']} already; name another folder"
+        try:
+            saved = Record(**checkpoint[self.KEY])
+            self.record.check_continues(saved, path)
+            step = int(checkpoint["global_step"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise Checked(path, checkpoint).error(f"{self.KEY} is damaged ({type(error).__name__})") from None
+        if step > max_steps:
+            way_out = f"{path} is of step {step} already; name another folder"
             raise UsageError("trainer.max_steps", max_steps, way_out)
 
 
-def _check_intact(path: Path) -> None:
-    """A torch file is a zip archive with checksums, which torch does not compare."""
+def _read(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
-        damaged = str(error)
-    if damaged:
-        way_out = f"damaged or cut off ({damaged}); put another checkpoint in its place, or remove it to start again"
-        raise UsageError("checkpoint", str(path), way_out)
+        checkpoint = load(path, intact=True)
+    except Refused as error:
+        way_out = f"{error}; put another checkpoint in its place, or remove it to start again"
+        raise with_digest(UsageError("checkpoint", str(path), way_out), path) from None
+    return checkpoint
 
 
 def remove_checkpoint(self, stock, filepath):

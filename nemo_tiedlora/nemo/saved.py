@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
+from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.utils import logging
 from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora.checkpoint import Adapter, Base, is_canonical, read, write
 from nemo_tiedlora.checkpoint.adapter import settings_of, specs_of
 from nemo_tiedlora.checkpoint.base import open_base
+from nemo_tiedlora.checkpoint.legacy import open_adapter
+from nemo_tiedlora.checkpoint.pickles import as_it_is, is_trusted
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.inputs import check_shape
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
@@ -128,10 +131,17 @@ def load(model: NLPAdapterModelMixin, adapter: Adapter) -> None:
 
 
 def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
-    """NeMo's ``load_adapters``, for files in the canonical form too. What such a file says of its method goes before
-    ``peft_cfgs``: it decides the tensors."""
-    if not is_canonical(filepath):
-        return stock(self, filepath, peft_cfgs, map_location)
+    """NeMo's ``load_adapters``, for files in the canonical form too, and without unpickling others. What a canonical
+    file says of its method goes before ``peft_cfgs``: it decides the tensors.
+
+    Raises:
+        UsageError: a file that is damaged, could run code or does not fit the model; then nothing was changed.
+    """
+    if is_trusted(filepath):
+        with as_it_is(filepath):
+            return stock(self, str(filepath), peft_cfgs, map_location)
+    if not is_canonical(filepath, "model.peft.restore_from_path"):
+        return _load_nemos_own(self, Path(filepath), peft_cfgs)
     adapter = read(filepath, "model.peft.restore_from_path")
     check_shape(adapter.shape, self.cfg, "model.peft.restore_from_path", filepath)
     asked = peft_cfgs if isinstance(peft_cfgs, list) else [peft_cfgs] if peft_cfgs else []
@@ -143,6 +153,29 @@ def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
         self.cfg.peft[f"{adapter.scheme}_tuning"] = adapter.settings
     self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg)])
     load(self, adapter)
+
+
+def _load_nemos_own(self, path: Path, peft_cfgs) -> None:
+    saved, states = open_adapter(path, "model.peft.restore_from_path")
+    check_shape(saved, self.cfg, "model.peft.restore_from_path", path)
+    ranks = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
+    if ranks not in states or len(states) != parallel_state.get_model_parallel_group().size():
+        way_out = f"saved by {len(states)} tensor and pipeline ranks; NeMo loads it under that layout only"
+        raise UsageError("model.peft.restore_from_path", str(path), way_out)
+    state = states[ranks]
+    if getattr(self, "megatron_amp_O2", False):
+        state = {key.replace("model.", "model.module.", 1): tensor for key, tensor in state.items()}
+    self.add_adapter(peft_cfgs or [PEFT_CONFIG_MAP[name](saved) for name in saved.peft.peft_scheme.split(",")])
+    mine = self.state_dict()
+    wanted = {} if self.ptuning_only_and_non_first_stage else self.adapter_keys | self.tunable_base_param_keys
+    for key in sorted(state.keys() ^ wanted if wanted else ()):
+        way_out = f"the tensor {key} is {'missing' if key in wanted else 'not one of its method'}"
+        raise UsageError("model.peft.restore_from_path", str(path), way_out)
+    for key, tensor in state.items():
+        if key in mine and mine[key].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(mine[key].shape)}"
+            raise UsageError("model.peft.restore_from_path", str(path), f"the tensor {key} has shape {shapes}")
+    super(NLPAdapterModelMixin, self).load_state_dict(state, strict=False)
 
 
 def save_to(self, stock, model, save_path):

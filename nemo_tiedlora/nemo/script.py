@@ -69,13 +69,16 @@ def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: st
     register_resolvers()
     # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    composed: list[DictConfig] = []
+    composed: list[tuple[DictConfig, list[str]]] = []
     take = hydra.main(version_base="1.3", config_path=str(config_path.resolve()), config_name=config_name)
     try:
         # The job runs outside Hydra, which would print its own report before any error of the job.
-        take(composed.append)()
-        for cfg in composed:
-            job(cfg)
+        take(lambda cfg: composed.append((cfg, _trusted(cfg))))()
+        for cfg, digests in composed:
+            from nemo_tiedlora.checkpoint.pickles import trusting
+
+            with trusting(digests):
+                job(cfg)
     except UsageError as error:
         _exit(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -90,6 +93,30 @@ def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: st
         if not RANK_LOST.search(str(error)):
             raise
         _exit("another rank of this job ended; the same command continues from the last checkpoint", 1)
+
+
+def _trusted(cfg: "DictConfig") -> list[str]:
+    """The files that the user trusts, by SHA-256; they are taken out of ``cfg``.
+
+    Raises:
+        UsageError: they are not on the command line itself, so that somebody else may have set them.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    given = cfg.get("trust_sha256")
+    if given is None:
+        return []
+    from nemo_tiedlora.checkpoint.pickles import check_digests
+
+    digests = check_digests(given, "trust_sha256")
+    said = " ".join(argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("trust_sha256="))
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    for digest in digests:
+        if sweep or digest not in said.lower():
+            raise UsageError("trust_sha256", digest, "is taken from the command line of a single run only")
+    cfg.trust_sha256 = None
+    return digests
 
 
 def _explain(error: Exception, config_path: Path, config_name: str) -> str:

@@ -89,6 +89,7 @@ def patches() -> tuple[Patch, ...]:
         norm,
         torchvision,
         transformer_engine,
+        unpickling,
     )
 
     files = (
@@ -102,5 +103,6 @@ def patches() -> tuple[Patch, ...]:
         checkpoint,
         dataset_helpers,
         nemo_fixes,
+        unpickling,
     )
     return tuple(value for file in files for value in vars(file).values() if isinstance(value, Patch))

@@ -9,6 +9,8 @@ from nemo_tiedlora.errors import UsageError
 
 Groups = list[list[int]]
 RULES = ("odd_even", "random_adjacent")
+#: A file of groups, which also holds the similarities of all pairs of layers, cannot be larger.
+MOST_BYTES = 2**26
 
 
 def complete(similarity: Sequence[Sequence[float]], threshold: float) -> Groups:
@@ -65,14 +67,23 @@ def random_adjacent(layers: int, shared: int, seed: int) -> Groups:
 
 
 def read(path: str | Path) -> Groups:
-    """The groups in a file that ``tiedlora groups`` wrote."""
+    """The groups in a file that ``tiedlora groups`` wrote.
+
+    Raises:
+        UsageError: no such file, or something else in it.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
+        if Path(path).exists() and not (Path(path).is_file() and Path(path).stat().st_size <= MOST_BYTES):
+            raise ValueError
+        groups = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
+        if not isinstance(groups, list):
+            raise TypeError
+        return groups
     except FileNotFoundError:
         raise UsageError(
             "groups", str(path), f"no such file; or write lists of layers, or {' or '.join(RULES)}"
         ) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UsageError("groups", str(path), f"not a file of groups ({type(error).__name__})") from None
 
 

@@ -8,8 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
+from checkpoint.conftest import _make
 from omegaconf import OmegaConf
 
+from nemo_tiedlora.checkpoint import write
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo import inputs
 from nemo_tiedlora.nemo.finetune import choose_folder
@@ -28,12 +31,13 @@ BASE = {
 }
 
 
-def nemo_file(path, config):
+def nemo_file(path, config, **files):
+    files = {"model_config.yaml": OmegaConf.to_yaml(OmegaConf.create(config)).encode(), **files}
     with tarfile.open(path, "w") as archive:
-        data = OmegaConf.to_yaml(OmegaConf.create(config)).encode()
-        member = tarfile.TarInfo("./model_config.yaml")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
     return path
 
 
@@ -151,14 +155,17 @@ def test_a_base_that_is_not_megatron_core_is_refused(tmp_path):
 
 
 def test_an_adapter_for_another_base_is_refused(tmp_path):
-    trained = BASE | {"hidden_size": 64, "peft": {"peft_scheme": "tied_lora"}}
-    adapter = nemo_file(tmp_path / "adapter.nemo", trained)
+    adapter = tmp_path / "adapter.nemo"
+    write(_make(shape=BASE | {"hidden_size": 64}), adapter)
     line = refusal(job(tmp_path, f"model.peft.restore_from_path={adapter}"))
     assert "made for another base: hidden_size was 64, here it is 32" in line
 
 
 def test_an_adapter_of_another_scheme_is_refused(tmp_path):
-    adapter = nemo_file(tmp_path / "adapter.nemo", BASE | {"peft": {"peft_scheme": "lora"}})
+    weights = io.BytesIO()
+    torch.save({"weight": torch.ones(2)}, weights)
+    config = BASE | {"peft": {"peft_scheme": "lora"}}
+    adapter = nemo_file(tmp_path / "adapter.nemo", config, **{"model_weights.ckpt": weights.getvalue()})
     assert "set model.peft.peft_scheme=lora" in refusal(job(tmp_path, f"model.peft.restore_from_path={adapter}"))
 
 

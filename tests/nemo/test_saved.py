@@ -236,7 +236,7 @@ def test_a_single_file_base_merges_alike(finetuning, files, tied, tmp_path):
     state = {f"model.{key}": value for key, value in model.model.state_dict().items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with tarfile.open(files["llama"]) as source, tarfile.open(tmp_path / "single.nemo", "w:gz") as single:
+    with tarfile.open(files["llama"]) as source, tarfile.open(tmp_path / "single.nemo", "w") as single:
         for member in source:
             if member.isfile() and "model_weights" not in member.name:
                 single.addfile(member, source.extractfile(member))

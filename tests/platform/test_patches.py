@@ -3,6 +3,8 @@
 A probe that passes without its patch means that these versions no longer need it: delete the patch.
 """
 
+import io
+import pickle
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -12,6 +14,7 @@ import torch
 import toy
 
 from nemo_tiedlora import platform
+from nemo_tiedlora.errors import UsageError
 
 BF16 = torch.bfloat16
 PROBES = {}
@@ -26,6 +29,36 @@ def linear_config(**overrides):
     from megatron.core.transformer import TransformerConfig
 
     return TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, **overrides)
+
+
+def assert_refused(read, *arguments, **settings):
+    try:
+        read(*arguments, **settings)
+    except UsageError as error:
+        assert "could run code" in str(error)
+    else:
+        raise AssertionError("read")
+
+
+@probe
+def torch_load_without_code(tmp_path, **_):
+    torch.save(Path.touch, tmp_path / "file")
+    assert_refused(torch.load, tmp_path / "file", weights_only=False)
+
+
+@probe
+def piece_lists_without_code(tmp_path, **_):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Path.touch))
+    assert_refused(FileSystemReader(tmp_path).read_metadata)
+
+
+@probe
+def row_indices_without_code(**_):
+    from nemo.collections.nlp.data.language_modeling import text_memmap_dataset
+
+    assert_refused(text_memmap_dataset.pickle.load, io.BytesIO(pickle.dumps(Path.touch)))
 
 
 @probe
@@ -429,7 +462,7 @@ def test_patch_is_needed_and_helps(patch, before_entering, host_without, toys, f
         folder.mkdir()
         return toy.one_process_world(folder)
 
-    resources = dict(world=world, toys=toys, finetuning=finetuning)
+    resources = dict(world=world, toys=toys, finetuning=finetuning, tmp_path=tmp_path)
     with host_without(patch.name), pytest.raises((Exception, SystemExit)):
         PROBES[patch.name](**resources)
     with platform.host():

@@ -1,0 +1,145 @@
+"""``model_config.yaml`` of a ``.nemo``: read as plain data, and checked for what NeMo would run, open or allocate."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_tiedlora.checkpoint.archive import Files, opened
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.targets import SHAPE_FIELDS
+
+MODEL_CONFIG = "model_config.yaml"
+#: More than any config has.
+MOST_BYTES, MOST_NODES, MOST_DEPTH = 4 * 2**20, 50_000, 32
+#: More than any model has; a file that declares more would only cost time and memory.
+MOST_LAYERS, MOST_SIZE = 10_000, 2**24
+
+#: The classes that ``target`` may name.
+MODELS = (
+    "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
+    "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel",
+)
+#: Tokenizers whose files are data; NeMo unpickles those of others.
+TOKENIZERS = ("sentencepiece", "huggingface", "megatron", "tiktoken", "byte-level")
+#: Fields that decide how much memory a model takes.
+SIZES = (*SHAPE_FIELDS, "encoder_seq_length", "max_position_embeddings", "make_vocab_size_divisible_by")
+#: Names under which Hydra and NeMo look for what to call.
+CALLED = ("_target_", "cls", "__target__")
+
+
+def read_model_config(files: Files, whole: bool = False) -> DictConfig:
+    """The config among a model's or an adapter's files.
+
+    Args:
+        whole: it must have the sizes of a whole model.
+
+    Raises:
+        UsageError: it is damaged, not plain data, too large, or names what NeMo would run.
+    """
+    text = files.read(MODEL_CONFIG, MOST_BYTES)
+    try:
+        config = parse(text)
+        check(config)
+        if whole:
+            check_base_config(config)
+    except UsageError as error:
+        raise files.error(f"its {MODEL_CONFIG}: {error.field}={error.value!r}: {error.way_out}") from None
+    except ValueError as error:
+        raise files.error(f"its {MODEL_CONFIG}: {error}") from None
+    return config
+
+
+def config_as_it_is(path: Path, field: str) -> DictConfig:
+    """The config of a file that the user trusts."""
+    with opened(path, field) as files:
+        return OmegaConf.create(files.read(MODEL_CONFIG, files.sizes.get(MODEL_CONFIG, 0)).decode())
+
+
+def parse(text: bytes) -> DictConfig:
+    """YAML without tags, aliases and interpolations, as NeMo writes it.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        decoded = text.decode()
+        _check_events(decoded)
+        config = OmegaConf.create(decoded)
+        content = OmegaConf.to_container(config)
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"damaged ({type(error).__name__})") from None
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged ({type(error).__name__})") from None
+    if not isinstance(config, DictConfig):
+        raise ValueError("not a list of settings with names")
+    for path, value in _walk(content):
+        for text in (path.rsplit(".", 1)[-1], value):
+            if isinstance(text, str) and "${" in text:
+                raise ValueError(f"{path} refers to something else (${{…}}); NeMo writes out what it means")
+    return config
+
+
+def _check_events(text: str) -> None:
+    depth = 0
+    for number, event in enumerate(yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it uses an alias (*{event.anchor}), which NeMo does not write")
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise ValueError(f"it uses a tag ({event.tag}), which NeMo does not write")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise ValueError(f"nested more than {MOST_DEPTH} deep")
+        if number > MOST_NODES:
+            raise ValueError(f"more than {MOST_NODES:,} entries")
+
+
+def _walk(content: Any, path: str = "") -> Any:
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in items:
+        below = f"{path}.{name}" if path else str(name)
+        yield below, value
+        yield from _walk(value, below)
+
+
+def check(config: DictConfig) -> None:
+    """Raise ``UsageError`` for what NeMo would call, open or allocate because a file says so."""
+    content = OmegaConf.to_container(config)
+    for path, value in _walk(content):
+        if path.rsplit(".", 1)[-1] in CALLED:
+            raise UsageError(path, value, "names something to be called, which a model's config must not")
+    if "params" in content:
+        raise UsageError("params", "…", "arguments of something to be called, which a model's config must not have")
+    target = content.get("target")
+    if target is not None and target not in MODELS:
+        raise UsageError("target", target, f"must be {' or '.join(MODELS)}")
+    for name in SIZES:
+        value = content.get(name)
+        most = MOST_LAYERS if name == "num_layers" else MOST_SIZE
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise UsageError(name, value, f"not a size that a model can have: a whole number from 1 to {most:,}")
+    for name in ("peft", "tokenizer", "data", "optim"):
+        if not isinstance(content.get(name) or {}, dict):
+            raise UsageError(name, content[name], "a section, not a single value")
+    tokenizer = content.get("tokenizer") or {}
+    if tokenizer.get("library") not in (None, *TOKENIZERS):
+        raise UsageError("tokenizer.library", tokenizer["library"], f"must be one of {', '.join(TOKENIZERS)}")
+    if tokenizer.get("trust_remote_code"):
+        raise UsageError(
+            "tokenizer.trust_remote_code", tokenizer["trust_remote_code"], "would run the tokenizer's code"
+        )
+    if (content.get("memory_profile") or {}).get("enabled"):
+        raise UsageError("memory_profile.enabled", True, "would write files where the model's config says")
+
+
+def check_base_config(config: DictConfig) -> None:
+    """Raise ``UsageError`` unless ``config`` has the sizes of a whole model."""
+    for name in SHAPE_FIELDS:
+        if config.get(name) is None and name not in ("num_query_groups", "kv_channels"):
+            raise UsageError(name, None, "not a model's config without it")
+    if config.num_attention_heads % (config.get("num_query_groups") or 1):
+        raise UsageError("num_query_groups", config.num_query_groups, "does not divide the attention heads")
