@@ -276,7 +276,7 @@ def open_base(path: Path, field: str = "base", scratch: Path | None = None) -> I
     Raises:
         UsageError: not a base of either kind.
     """
-    with opened(path, field) as archive, tempfile.TemporaryDirectory(dir=scratch, prefix=".base.") as folder:
+    with opened(Path(path), field) as archive, tempfile.TemporaryDirectory(dir=scratch, prefix=".base.") as folder:
         try:
             if METADATA in archive.members:
                 base = _Distributed(archive)

@@ -86,7 +86,8 @@ class TemplateDataset(Checked, GPTSFTDataset):
         processed = super()._process_example(example)
         label = example.get(self.label_key) or ""
         whole_answer_cut = bool(label.strip(" ")) and not processed["answer_ids"]
-        if whole_answer_cut or not processed["context_ids"] or not any(self.learned(processed)[1:]):
+        nothing_to_answer = self.is_test and self.tokens_to_generate and not processed["context_ids"]
+        if whole_answer_cut or nothing_to_answer or not any(self.learned(processed)[1:]):
             unlimited = copy(self)
             unlimited.max_seq_length = 2**40
             needed = GPTSFTDataset._process_example(unlimited, example)["token_count"]

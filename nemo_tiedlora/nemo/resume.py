@@ -50,9 +50,11 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     Raises:
         UsageError: one does not, or was trained against other frozen tensors; then nothing was changed.
     """
-    _check(model, Checked(model.trainer.ckpt_path, checkpoint))
+    checked = Checked(model.trainer.ckpt_path, checkpoint)
+    checked.names(KEY, checkpoint[KEY], model.adaptations)
     for scheme in checkpoint[KEY]:
         _check_rule(model, scheme, checkpoint.get(RULES, {}).get(scheme, drawing_by_torch.RULE))
+    _check(model, checked)
     for scheme, saved in checkpoint[KEY].items():
         mine = {}
         for key, (_, tensor) in model.adaptations[scheme].bank.trained().items():
@@ -67,7 +69,6 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
 
 def _check(model, checked: Checked) -> None:
     checked.progress(model.trainer)
-    checked.names(KEY, checked.content[KEY], model.adaptations)
     groups = inner(model.trainer).param_groups
     for scheme, adapted in model.adaptations.items():
         variant = adapted.bank.variant
@@ -139,7 +140,7 @@ def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
 def _loaded(strategy, stock, path: Path, *args, **kwargs) -> dict[str, Any]:
     if path.is_dir():
         check_folder(Folder(path, "checkpoint"))
-        return stock(strategy, path, *args, **kwargs)
+        return stock(strategy, str(path), *args, **kwargs)
     file = path if only_ours(strategy.lightning_module) else Path(inject_model_parallel_rank(path))
     if not file.is_file():
         return stock(strategy, path, *args, **kwargs)

@@ -316,7 +316,7 @@ def _data(
     if train:
         return section | {"concat_sampling_probabilities": [1.0]}
     metric = {"name": "loss", "average": None, "num_classes": None}
-    writing = {"write_predictions_to_file": False, "output_file_path_prefix": None, "tokens_to_generate": 1}
+    writing = {"write_predictions_to_file": False, "output_file_path_prefix": None, "tokens_to_generate": 0}
     return section | {"names": ["validation"], "metric": metric, **writing}
 
 

@@ -358,3 +358,26 @@ def pieces_of_a_batch(restore: Restore) -> None:
             yield [batch[row] for row in mine]
 
     restore.set(MegatronPretrainingBatchSampler, "__iter__", batches)
+
+
+@patch(needed=lambda: True)
+def generation_without_recomputation(restore: Restore) -> None:
+    """Generation refuses a model that recomputes activations; NeMo's own loops switch that off around evaluation only.
+
+    It is off while text is generated, wherever that is asked for: without gradients there is nothing to recompute for.
+    """
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+
+    stock = MegatronGPTSFTModel.predict_step
+
+    @wraps(stock)
+    def predict_step(self, *args, **kwargs):
+        if self.cfg.activations_checkpoint_granularity is None:
+            return stock(self, *args, **kwargs)
+        self._reset_activation_checkpointing_args()
+        try:
+            return stock(self, *args, **kwargs)
+        finally:
+            self._restore_activation_checkpointing_args()
+
+    restore.set(MegatronGPTSFTModel, "predict_step", predict_step)

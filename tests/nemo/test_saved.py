@@ -137,7 +137,7 @@ def test_an_adapter_of_an_earlier_version_goes_on_by_its_own_rule(finetuning, tm
     before = logits(now)
     assert not torch.equal(before, expected) and now.cfg.peft.vera_tuning.drawing_rule == 2
     with pytest.raises(UsageError, match="model.peft.vera_tuning.drawing_rule=2: .* set it to 1 to go on"):
-        on_load_checkpoint(now, {"adapters": {"vera": {}}})
+        on_load_checkpoint(now, {"adapters": {"vera": {}}})  # looked at before anything else of it
     assert torch.equal(logits(now), before)
 
 

@@ -106,5 +106,5 @@ def test_no_patch_where_the_real_thing_is(nemo, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setenv("NVIDIA_PYTORCH_VERSION", "25.07")
     needed = {patch.name for patch in platform.patches() if patch.needed()}
-    assert not {name for name in needed if name.split("_")[0] in ("cuda", "apex", "transformer", "torch", "jit")}
+    assert not {name for name in needed if name.split("_")[0] in ("cuda", "apex", "transformer", "jit")}
     assert "container_version" not in needed

@@ -366,7 +366,7 @@ def micro_batches(world, **_):
         calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)
         found = calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
         model = mock.Mock(spec=MegatronGPTSFTModel, **{"get_inference_config.return_value": {}})
-        model.modules.return_value = []
+        model.modules.return_value, model.cfg.activations_checkpoint_granularity = [], None
         generating = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.generate"
         with mock.patch(generating, return_value="text"):
             MegatronGPTSFTModel.predict_step(model, {"tokens": torch.zeros(3, 1), **dict.fromkeys(
@@ -380,6 +380,7 @@ def generation_without_dropout(**_):
 
     class Model(torch.nn.Module):
         predict_step = MegatronGPTSFTModel.predict_step
+        cfg = mock.Mock(activations_checkpoint_granularity=None)
 
         def get_inference_config(self):
             assert not self.inner.training
@@ -405,6 +406,28 @@ def pieces_of_a_batch(**_):
     alone, first, second = pieces(0, 1), pieces(0, 2), pieces(1, 2)
     assert len(alone) == 3 and (18, 19) in alone[2] and (20, -1) in alone[2]
     assert [ours | others for ours, others in zip(first, second, strict=True)] == alone
+
+
+@probe
+def generation_without_recomputation(**_):
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+    from omegaconf import OmegaConf
+
+    names = ("granularity", "method", "num_layers", "layers_per_pipeline")
+    cfg = OmegaConf.create({f"activations_checkpoint_{name}": 1 for name in names})
+    model = mock.Mock(spec=MegatronGPTSFTModel, cfg=cfg, **{"modules.return_value": []})
+    model.get_module_list = model.get_model_module_list.return_value = []
+    for name in ("_reset_activation_checkpointing_args", "_restore_activation_checkpointing_args"):
+        setattr(model, name, getattr(MegatronGPTSFTModel, name).__get__(model))
+
+    def generating():
+        assert cfg.activations_checkpoint_granularity is None
+        raise StopIteration
+
+    model.get_inference_config.side_effect = generating
+    with pytest.raises(StopIteration):
+        MegatronGPTSFTModel.predict_step(model, {"tokens": torch.zeros(1, 1)}, 0)
+    assert set(cfg.values()) == {1}
 
 
 @probe
