@@ -1,7 +1,6 @@
 """What the commands show: facts on standard output, progress on standard error."""
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -10,6 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.ranks import is_first_rank
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Item = TypeVar("Item")
@@ -38,7 +38,7 @@ def progress(items: Iterable[Item], task: str, total: int) -> Iterable[Item]:
 @cache
 def note(text: str) -> None:
     """Say something worth knowing on standard error: once, however often it is called, and on one rank only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -73,7 +73,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again."""
+    """Where this user's programs keep what they can make again. Raises RuntimeError for users without a home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_tiedlora"
 
 
@@ -83,15 +83,12 @@ def content_of(path: Path) -> str:
     if found.st_size < LARGE:
         return sha256_of(path)
     identity = f"{path.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
-    kept = cache_folder() / "contents" / hashlib.sha256(identity.encode()).hexdigest()
-    try:
-        return kept.read_text("ascii")
-    except OSError:
-        content = sha256_of(path)
-    try:
-        write_text(kept, content)
-    except (OSError, UsageError):  # then it is read through again next time
-        pass
+    name = hashlib.sha256(identity.encode()).hexdigest()
+    with suppress(OSError, RuntimeError):
+        return (cache_folder() / "contents" / name).read_text("ascii")
+    content = sha256_of(path)
+    with suppress(OSError, RuntimeError, UsageError):  # then it is read through again next time
+        write_text(cache_folder() / "contents" / name, content)
     return content
 
 

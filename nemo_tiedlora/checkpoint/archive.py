@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.files import FULL
 
 #: Names longer than a tar's header holds, and what else is said of a member, come before it; they cannot be larger.
 MOST_EXTRA = 2**16
@@ -118,7 +119,7 @@ def opened(path: Path, field: str) -> Iterator[Archive]:
     except UsageError:
         raise
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno and error.filename not in (None, str(path)):
+        if isinstance(error, OSError) and (error.errno in FULL or error.filename not in (None, str(path))):
             raise  # not this file's fault
         reason = str(error) if type(error) is ValueError else type(error).__name__
         raise UsageError(field, str(path), f"not a readable .nemo file: {reason}") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.files import write_bytes
+from nemo_tiedlora.files import cache_folder, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ def base() -> Path:
     """
     content = packed()
     try:
-        path = _cache() / f"base-{sha256(content).hexdigest()[:12]}.nemo"
+        path = cache_folder() / f"base-{sha256(content).hexdigest()[:12]}.nemo"
         # Processes that come here at once write the same bytes.
         if not path.exists() or path.read_bytes() != content:
             write_bytes(path, content)
@@ -205,8 +205,3 @@ def _torch_file(content: object) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
     return file.getvalue()
-
-
-def _cache() -> Path:
-    """Raises RuntimeError for users without a home."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_tiedlora"

@@ -1,5 +1,6 @@
 """Which layers of a base are similar: its outputs over a calibration text (ShareLoRA, section 3.1)."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 from nemo_tiedlora.analysis.layers import similarity_matrix
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.files import content_of
+from nemo_tiedlora.ranks import is_first_rank
 from nemo_tiedlora.variants.config import check_number
 from nemo_tiedlora.variants.groups import GROUPINGS
 
@@ -64,13 +67,18 @@ class Calibration:
         except UsageError as error:
             raise error.under("groups") from None
 
+    def identity(self, base: Path) -> str:
+        """Of the groups that it finds in ``base``: twelve hexadecimal digits, of all that decides them."""
+        decides = asdict(self) | {"data": content_of(Path(self.data)), "base": content_of(base)}
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:12]
+
 
 def groups_file(calibration: Calibration, base: Path, path: Path) -> Path:
     """Run ``tiedlora groups`` into ``path`` unless it is there, in a process of its own: Megatron's state is global.
 
     All ranks may call it; rank 0 does the work.
     """
-    if int(os.environ.get("RANK", 0)) == 0 and not path.exists():
+    if is_first_rank() and not path.exists():
         alone = {name: value for name, value in os.environ.items() if name not in _RENDEZVOUS}
         options = [f"--{name}={value}" for name, value in asdict(calibration).items()]
         command = [sys.executable, "-m", "nemo_tiedlora.cli", "groups", f"--base={base}", f"--out={path}", *options]

@@ -71,7 +71,7 @@ class Checked:
         elif isinstance(mine, list | tuple):
             if not isinstance(saved, list | tuple) or not all(self._is_number(one) for one in saved):
                 raise self.error(f"{name} is {saved!r}")
-        elif isinstance(mine, NUMBERS) and not self._is_number(saved):
+        elif isinstance(mine, NUMBERS) and not (self._is_number(saved) or saved == mine):
             raise self.error(f"{name} is {saved!r}")
 
     @staticmethod
@@ -79,12 +79,15 @@ class Checked:
         return isinstance(value, NUMBERS) and abs(value) < float("inf")
 
     def _random_states(self, states: Any) -> None:
+        mine = torch.cuda.get_rng_state()
         for state in states or ():
             try:
                 random.Random().setstate(state["python"])
                 numpy.random.RandomState().set_state(state["numpy"])
-                for own in (state["torch"], state["cuda"], *state["megatron"].values()):
-                    torch.Generator().set_state(own)
+                torch.Generator().set_state(state["torch"])
+                for device in (state["cuda"], *state["megatron"].values()):  # of another form than a CPU's
+                    if device.dtype != torch.uint8 or device.shape != mine.shape:
+                        raise ValueError
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
                 raise self.error(f"random_states is damaged ({type(error).__name__})") from None
 

@@ -64,10 +64,13 @@ class Checked:
     def check_rows(self) -> None:
         """Raise ``UsageError`` for a row that may be too long (or the first) if nothing of it would be learned."""
         rows = self.indexed_dataset
-        # A token has at least one byte; a chat template adds some of its own.
-        long = rows.longer_than(self.max_seq_length // 2) if isinstance(rows, Rows) else range(1, len(rows))
+        long = rows.longer_than(self.sure_to_fit()) if isinstance(rows, Rows) else range(1, len(rows))
         for index in (0, *long):
             self.row(index)
+
+    def sure_to_fit(self) -> int:
+        """Bytes of a line that are no more than ``max_seq_length`` tokens; chat templates add some of their own."""
+        return self.max_seq_length // 2
 
     def where(self, example: dict) -> str:
         """What to call a row."""
@@ -93,6 +96,10 @@ class TemplateDataset(Checked, GPTSFTDataset):
             needed = GPTSFTDataset._process_example(unlimited, example)["token_count"]
             raise self.too_short(example, needed)
         return processed
+
+    def sure_to_fit(self) -> int:
+        # A token has at least one byte; the marks of the beginning and the end are tokens too.
+        return self.max_seq_length - len(self.prompt_template.encode()) - 4
 
     def learned(self, processed: dict) -> list[bool]:
         """Which tokens of a row's ``input_ids`` the loss is computed on."""

@@ -1,10 +1,10 @@
 """The main job: fine-tune a NeMo GPT with any scheme, and say what came of it."""
 
 import json
-import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ from nemo_tiedlora.nemo.rows import chat_form, first_row
 from nemo_tiedlora.nemo.settings import check_outline, check_settings
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
+from nemo_tiedlora.ranks import is_first_rank, launched
 from nemo_tiedlora.variants import SCHEMES, Dynamic, TiedConfig, VariantConfig, config_for
 
 #: In a run's folder: what came of it; and what decides that, where NeMo does not move it aside when a run continues.
@@ -67,7 +68,8 @@ def finetune(cfg: DictConfig) -> Path:
         use_one_thread()
     folder = choose_folder(cfg, as_asked)
     check_output(folder, "exp_manager.exp_dir")
-    held = hold(folder, "exp_manager.exp_dir")
+    own = cfg.exp_manager.resume_if_exists or cfg.exp_manager.explicit_log_dir  # else NeMo makes one below it
+    held = hold(folder, "exp_manager.exp_dir") if own else nullcontext()
     if cfg.model.data.train_ds.file_names is None:
         _use_builtin_task(cfg, folder)
     _complete(cfg, folder)
@@ -76,10 +78,11 @@ def finetune(cfg: DictConfig) -> Path:
     record = Record.of(cfg)
     changed = _continues(cfg, record, folder)
     if finished := _finished(cfg, folder):
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_first_rank():
             print(finished)
         return folder / SUMMARY
-    write_text(folder / "config.yaml", as_asked)
+    if is_first_rank():
+        write_text(folder / "config.yaml", as_asked)
     _find_groups(cfg, folder)
     with held, quiet(not cfg.verbose) as results, platform.host():
         return _run(cfg, base, as_asked, results, record, changed)
@@ -98,7 +101,11 @@ def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
     if manager.exp_dir:
         return Path(manager.exp_dir) / manager.name
     root = Path("nemo_experiments") / manager.name
-    follows = int(os.environ.get("RANK", 0)) > 0  # rank 0 chooses, and writes its config
+    follows = not is_first_rank()  # the first chooses, and writes its config
+    if not manager.resume_if_exists and (launched() or 1) > 1:  # the others could not tell which is the new one
+        raise UsageError(
+            "exp_manager.exp_dir", None, "several processes with resume_if_exists=false need a folder named"
+        )
     while not (unfinished := _unfinished(root, as_asked)) and follows:
         time.sleep(0.1)
     if unfinished and (manager.resume_if_exists or follows):
@@ -141,17 +148,17 @@ def _continues(cfg: DictConfig, record: Record, folder: Path) -> list[str]:
     """
     kept = folder / RECORD
     checkpoints = cfg.exp_manager.checkpoint_callback_params.get("dirpath") or folder / "checkpoints"
-    begun = any(Path(checkpoints).glob("*.ckpt")) or any(Path(checkpoints).glob("*-last"))
+    begun = any(Path(checkpoints).rglob("*.ckpt")) or any(Path(checkpoints).glob("*-last"))
+    if not (begun or (folder / SUMMARY).exists()):
+        return []
     if not cfg.exp_manager.resume_if_exists:
-        if begun:  # only in a folder that was given by its full name: NeMo would make another one
+        if cfg.exp_manager.explicit_log_dir:  # below any other NeMo makes a new one
             raise UsageError("exp_manager.explicit_log_dir", str(folder), "there is a run in it; name another folder")
         return []
     if kept.exists():
         return record.check_continues(Record.read(kept), folder)
-    if begun:
-        way_out = "its checkpoints do not say what they were trained with; name another folder"
-        raise UsageError("exp_manager", str(folder), way_out)
-    return []
+    way_out = "the run in it does not say what it was trained with; name another folder"
+    raise UsageError("exp_manager", str(folder), way_out)
 
 
 def _finished(cfg: DictConfig, folder: Path) -> str | None:
@@ -161,6 +168,9 @@ def _finished(cfg: DictConfig, folder: Path) -> str | None:
         return None
     summary = json.loads(path.read_text("utf-8"))
     adapter = summary["adapter"]
+    beside = adapter and folder / "checkpoints" / Path(adapter).name  # the run's folder may have been moved
+    if adapter and not Path(adapter).is_file():
+        adapter = beside
     if summary["max_steps"] != cfg.trainer.max_steps or (adapter and not Path(adapter).is_file()):
         return None
     return f"already finished, after {summary['steps']} steps\nadapter: {adapter}\n{path}"
@@ -200,7 +210,9 @@ def _find_groups(cfg: DictConfig, folder: Path) -> None:
     groups = section.get("groups")
     if isinstance(groups, DictConfig):
         calibration = Calibration.of(OmegaConf.to_container(groups))
-        section.groups = str(groups_file(calibration, cfg.model.restore_from_path, folder / "groups" / "groups.json"))
+        base = Path(cfg.model.restore_from_path)
+        path = folder / "groups" / f"groups-{calibration.identity(base)}.json"
+        section.groups = str(groups_file(calibration, base, path))
 
 
 def _take_saved_settings(cfg: DictConfig) -> None:
@@ -238,7 +250,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
         write_text(folder / "config.yaml", as_asked)  # again: on a resume, NeMo moves a folder's files aside
         record.write(folder / RECORD)
     model = build_model(cfg, cfg.model.restore_from_path, trainer)
-    say.row(check_datasets(model, SECTIONS))
+    say.row(check_datasets(model, SECTIONS, begun=bool(trainer.ckpt_path)))
     model.set_inference_config(decoding(model.cfg.data))  # NeMo would draw its answers at random
     scheme = scheme_of(cfg)
     if trainer.ckpt_path:
@@ -252,6 +264,9 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
     except Interrupted as stopped:
         say(f"{stopped}; {_where_saved(trainer, folder)}")
         sys.exit(128 + stopped.signum)
+    if trainer.global_step < trainer.max_steps and not facts.ended:
+        say(f"stopped after step {trainer.global_step}, as exp_manager asked; {_where_saved(trainer, folder)}")
+        sys.exit(0)
     trainer.ckpt_path = None  # else validation would load the checkpoint that this run resumed from
     adapter = _exported(trainer, model, facts)
     if scheme in SCHEMES:

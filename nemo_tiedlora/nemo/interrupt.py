@@ -25,8 +25,8 @@ class Interruptible(Callback):
     A validation that was due after that step is made up for first thing when the run continues; after the last step
     there is nothing else left, so training ends as it would have.
 
-    The first signal only asks; a second one has its usual effect. Until training starts a signal has its usual effect
-    too: there is nothing to save yet. All ranks stop at the same step.
+    The first signal only asks; a second one has the effect that it has before training, where there is nothing to save
+    yet. All ranks stop at the same step.
 
     Every step begins with the random number generators where the step before left them, in a checkpoint too: whatever
     is in between (validation, new data loaders) also draws, and not the same in every process. So dropout goes on as it
@@ -45,7 +45,7 @@ class Interruptible(Callback):
                 self._previous[signum] = signal.signal(signum, self._ask)
         # Lightning would train on until the next validation.
         trainer.should_stop |= any(
-            stopper.wait_count >= stopper.patience for stopper in trainer.early_stopping_callbacks
+            stopper.wait_count >= max(1, stopper.patience) for stopper in trainer.early_stopping_callbacks
         )
 
     def on_train_batch_start(self, trainer, model, batch, batch_idx):

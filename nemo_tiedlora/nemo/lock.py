@@ -8,18 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.ranks import is_first_rank
 
 #: Below a folder of its own: NeMo moves the files of a run's folder aside when the run continues.
 LOCK = Path(".lock", "job")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the first of its job, by what its launcher says (as NeMo reads it)."""
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"):
-        if name in os.environ:
-            return int(os.environ[name]) == 0
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return int(node) == int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def hold(folder: Path, field: str) -> AbstractContextManager:

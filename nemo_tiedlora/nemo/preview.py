@@ -5,14 +5,16 @@ from itertools import groupby
 from rich.text import Text
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.datasets import Checked
 
 #: Characters of a stretch of text that are shown.
 SHOWN = 400
 
 
-def check_datasets(model, splits: tuple[str, ...]) -> list[tuple[str, bool]]:
+def check_datasets(model, splits: tuple[str, ...], begun: bool = False) -> list[tuple[str, bool]]:
     """Build every named data section's datasets, and check that each row has something to learn.
+
+    Args:
+        begun: the rows were looked at when the run began, and are known to be the same.
 
     Returns:
         The first training row as stretches of text: (text, is it learned).
@@ -27,10 +29,9 @@ def check_datasets(model, splits: tuple[str, ...]) -> list[tuple[str, bool]]:
             continue
         datasets = model._build_dataset(section, is_train=split == "train_ds")
         for dataset in getattr(datasets, "datasets", datasets):
-            if not isinstance(dataset, Checked):  # packed sequences, made by NeMo's own tool
-                continue
             try:
-                dataset.check_rows()
+                if not begun:
+                    dataset.check_rows()
             except UsageError as error:
                 raise (error.under(f"model.data.{split}") if "." not in error.field else error) from None
             if split == "train_ds" and not first:

@@ -6,7 +6,6 @@ what may change and what that does.
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,15 +15,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tiedlora.checkpoint.adapter import installed
+from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import content_of, write_text
 from nemo_tiedlora.nemo.inputs import STOCK_SCHEMES
+from nemo_tiedlora.ranks import launched
 from nemo_tiedlora.variants import SCHEMES
 
 #: Settings that move no number: where things go, how they are shown and read.
 FREE = re.compile(
     r"(?:name|verbose|trust_sha256)"
-    r"|exp_manager\.(?!checkpoint_callback_params\.(?:monitor|mode)$).*"
+    r"|exp_manager\.(?!checkpoint_callback_params\.(?:monitor|mode|filename)$|\w*early_stopping).*"
     r"|trainer\.(?:logger|accelerator|devices|num_nodes|log_every_n_steps|enable_\w+)"
     r"|model\.(?:resume_from_checkpoint|save_nemo_on_validation_end|sync_batch_comm)"
     r"|model\.data\.\w+\.(?:num_workers|memmap_workers|pin_memory|index_mapping_dir|names|write_predictions_to_file"
@@ -63,11 +64,12 @@ class Record:
             if FREE.fullmatch(name) or _is_of_another_scheme(name, str(cfg.model.peft.peft_scheme)):
                 continue
             paths = [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, str)]
-            if FILES.fullmatch(name) and paths and all(Path(path).is_file() for path in paths):
-                files[name] = [content_of(Path(path)) for path in paths]
+            named = [_content(Path(path)) for path in paths] if FILES.fullmatch(name) else []
+            if named and all(path.is_file() for path in named):
+                files[name] = [content_of(path) for path in named]
             else:
                 settings[name] = value
-        return cls(settings, files, installed(), int(os.environ.get("WORLD_SIZE", 1)))
+        return cls(settings, files, installed(), launched() or cfg.trainer.devices * cfg.trainer.num_nodes)
 
     @classmethod
     def read(cls, path: Path) -> "Record":
@@ -106,7 +108,7 @@ class Record:
             if now == then:
                 continue
             longer = name == "trainer.max_steps"
-            if SAID.fullmatch(name) or (longer and self._ends_anywhere()):
+            if (SAID.fullmatch(name) and not self._is_cut_by(name)) or (longer and self._ends_anywhere()):
                 said.append(f"{name}={now} from here on; it was {then}")
             else:
                 why = ", and its learning rates or order of rows depend on it" if longer else ""
@@ -123,11 +125,21 @@ class Record:
             said.append(f"{self.processes} processes from here on; there were {earlier.processes}")
         return said
 
+    def _is_cut_by(self, name: str) -> bool:
+        """Whether checkpoints are cut by this setting: NeMo's own schemes have a file for each rank."""
+        scheme = self.settings["model.peft.peft_scheme"]
+        return bool(re.fullmatch(r"model\.\w+_parallel(_size)?", name)) and scheme not in (*SCHEMES, "none")
+
     def _ends_anywhere(self) -> bool:
         """Whether every step is the same wherever the run ends."""
         schedule = any(name.startswith("model.optim.sched.") for name in self.settings)
         fixed = not schedule or self.settings.get("model.optim.sched.max_steps") is not None
         return fixed and not self.settings.get("model.data.train_ds.global_sample_mapping")
+
+
+def _content(path: Path) -> Path:
+    """The file that says what is at ``path``: of an adapter's folder its config, which has the checksum of the rest."""
+    return path / CONFIG if path.is_dir() else path
 
 
 def _flat(section: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

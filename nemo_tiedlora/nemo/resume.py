@@ -5,6 +5,7 @@ the layout it began with. For a model that trains nothing but adapters of ours t
 file, which rank 0 writes and every rank of any layout reads its part of.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,13 @@ def keep_one_last(folder: Path) -> None:
     A kill in the middle of saving can leave two, or none but an incomplete one; NeMo would refuse to go on from either.
     Every rank may do this before it looks for what to resume: none saves before all have looked.
     """
-    found = sorted(folder.rglob("*-last.ckpt"), key=_step)
-    complete = [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
-    for path in found:
-        if path not in complete[-1:]:
-            path.unlink(missing_ok=True)
-            NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path).unlink(missing_ok=True)
+    for beside in {path.parent for path in folder.rglob("*-last.ckpt")}:  # NeMo's own have a folder for each rank
+        found = sorted(beside.glob("*-last.ckpt"), key=_step)
+        complete = [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+        for path in found:
+            if path not in complete[-1:]:
+                path.unlink(missing_ok=True)
+                NeMoModelCheckpoint.format_checkpoint_unfinished_marker_path(path).unlink(missing_ok=True)
 
 
 def _step(path: Path) -> int:
@@ -125,6 +127,7 @@ def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
         if isinstance(callback, Recorded):
             callback.check(checkpoint, checkpoint_path, model.trainer.max_steps)
     checked.progress(model.trainer)
+    _take_along(checkpoint, Path(checkpoint_path), model.trainer.checkpoint_callback)
     if Path(checkpoint_path).is_dir():
         for name in ("state_dict", "optimizer_states"):
             checked.finite(checkpoint.get(name), name)
@@ -135,6 +138,22 @@ def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
     elif KEY not in checkpoint:
         raise checked.error(f"{KEY} is missing")
     return checkpoint
+
+
+def _take_along(checkpoint: dict[str, Any], path: Path, saver) -> None:
+    """A run's folder may have been moved: Lightning would forget its best checkpoints, which are beside this one."""
+    if saver is None or path.parent.resolve() != Path(saver.dirpath).resolve():
+        return
+
+    def here(kept: str) -> str:
+        return kept and os.path.join(saver.dirpath, os.path.basename(kept))
+
+    for state in checkpoint["callbacks"].values():
+        if "best_k_models" in state:
+            state["dirpath"] = saver.dirpath
+            state["best_k_models"] = {here(kept): score for kept, score in state["best_k_models"].items()}
+            for kind in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[kind] = here(state[kind])
 
 
 def _loaded(strategy, stock, path: Path, *args, **kwargs) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nemo_tiedlora.errors import RunError, UsageError, closest
-from nemo_tiedlora.nemo.lock import is_first_rank
 from nemo_tiedlora.platform.threads import wait_passively
+from nemo_tiedlora.ranks import is_first_rank
 
 if TYPE_CHECKING:  # importing it takes long enough for a signal to come
     from omegaconf import DictConfig

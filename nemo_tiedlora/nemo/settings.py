@@ -23,10 +23,8 @@ SCHEDULES = (
     "PolynomialDecayAnnealing", "PolynomialHoldDecayAnnealing", "StepLR", "ExponentialLR", "ReduceLROnPlateau",
     "CyclicLR",
 )  # fmt: skip
-METRICS = (
-    "loss", "exact_string_match", "accuracy", "average_precision", "f1", "token_f1", "pearson_corr_coef",
-    "spearman_corr_coef", "matthews_corr_coef", "rouge", "wer", "bleu",
-)  # fmt: skip
+#: NeMo names more, and fails to make any other for text.
+METRICS = ("loss", "exact_string_match", "rouge")
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
 GRANULARITIES = ("selective", "full")
@@ -164,6 +162,7 @@ def check_settings(cfg: DictConfig) -> None:
         if value is not _ABSENT and not (name.endswith("?") and value is None):
             check_choice(name.removesuffix("?"), str(value), choices)
     _check_name(cfg.exp_manager.get("name"))
+    _check_filename(_value(cfg, "exp_manager.checkpoint_callback_params.filename"))
     _check_schedule(cfg)
     ranks = _check_ranks(cfg)
     for split in ("train_ds", "validation_ds", "test_ds"):
@@ -285,11 +284,21 @@ def _check_weights(section: DictConfig) -> None:
         raise UsageError(field, weights, "every weight must be a number > 0; leave out files that are not wanted")
 
 
+def _check_filename(filename: Any) -> None:
+    """NeMo reads from a checkpoint's name how many rows its run has seen."""
+    for part in ("{step}", "{consumed_samples}"):
+        if isinstance(filename, str) and part not in filename:
+            field = "exp_manager.checkpoint_callback_params.filename"
+            raise UsageError(field, filename, f"must have {part} in it, from which a run continues")
+
+
 def _check_evaluation(section: DictConfig, field: str) -> None:
     metric = section.get("metric")
     if not isinstance(metric, DictConfig):
         raise UsageError(f"{field}.metric", _plain(metric), "must be a section with a name, e.g. {name: loss}")
     check_choice(f"{field}.metric.name", metric.get("name"), METRICS)
+    if section.get("write_predictions_to_file") and not section.get("output_file_path_prefix"):
+        raise UsageError(f"{field}.output_file_path_prefix", None, "name where write_predictions_to_file is to write")
     names, files = _plain(section.get("names")), section.get("file_names")
     if names is not None and isinstance(files, ListConfig):
         if not isinstance(names, list) or len(names) != len(files) or not all(map(TEXT[0], names)):

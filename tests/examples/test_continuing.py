@@ -184,6 +184,38 @@ def test_a_longer_run_is_the_one_that_was_long_from_the_start(tmp_path):
     assert adapter(first) == adapter(whole)
 
 
+def test_a_moved_run_is_still_that_run(tmp_path, undisturbed):
+    path = folder(tmp_path / "first")
+    code, _, err = run(path, *METHODS["TL6"], moment="step=4", signal="SIGTERM")
+    assert code == 143, err[-2000:]
+    moved = path.rename(tmp_path / "moved")
+    code, _, err = run(moved, *METHODS["TL6"])
+    assert code == 0, err[-2000:]
+    assert adapter(moved) == adapter(undisturbed("TL6"))  # of the third step, which is the best, and was saved before
+    finished = moved.rename(tmp_path / "finished")
+    code, out, err = run(finished, *METHODS["TL6"])
+    assert code == 0 and out.startswith("already finished"), err[-2000:]
+
+
+def test_a_run_that_has_no_checkpoint_yet_may_change(tmp_path):
+    path = folder(tmp_path / "cut")
+    code, _, err = run(path, *METHODS["TL6"], moment="step=0", signal="SIGKILL")
+    assert code == -9, err[-2000:]
+    code, _, err = run(path, *METHODS["TL6"], "model.optim.lr=2e-2", moment="step=1", signal="SIGTERM")
+    assert code == 143, err[-2000:]
+    again = ("exp_manager.resume_if_exists=false", "model.optim.lr=3e-2", "trainer.max_steps=1")
+    code, out, err = run(path, *METHODS["TL6"], *again)
+    assert code == 0, err[-2000:]
+    assert Path(out.splitlines()[-1]).parent.parent == Path("runs/run")  # in a folder with the date in its name
+
+
+def test_a_run_that_its_time_limit_ended_is_not_finished(tmp_path):
+    path = folder(tmp_path / "cut")
+    code, out, err = run(path, *METHODS["TL6"], "+exp_manager.max_time_per_run=00:00:00:00")
+    assert code == 0, err[-2000:]
+    assert "as exp_manager asked" in out and not (path / "runs" / "run" / "summary.json").exists()
+
+
 def changed(path, tmp_path):
     """A copy of a run's folder in which the files' content may be changed."""
     return Path(shutil.copytree(path, tmp_path / "copy", symlinks=True))

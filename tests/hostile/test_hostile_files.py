@@ -190,7 +190,7 @@ def test_an_adapter_of_nemos_that_is_not_finite(value, base, job, canary, tmp_pa
     check_adapter(path, base, job, canary, tmp_path, "lora")
 
 
-@pytest.mark.parametrize("scheme", ["tied_lora", "vera", "share_lora", "cond_lora", "dyna_lora", "lora,tied_lora"])
+@pytest.mark.parametrize("scheme", ["tied_lora", "vera", "share_lora", "cond_lora", "dyna_lora"])
 @pytest.mark.parametrize("harmless", [True, False])
 def test_our_methods_in_nemos_form(scheme, harmless, base, job, canary, tmp_path):
     tensors = files.lora() | ({} if harmless else {"x": files.calls(CANARY)["os.system"]})
@@ -198,6 +198,13 @@ def test_our_methods_in_nemos_form(scheme, harmless, base, job, canary, tmp_path
     path = files.pack(tmp_path / "bad.nemo", sound | {"model_weights.ckpt": files.saved(tensors)})
     check_adapter(path, base, job, canary, tmp_path, scheme)
     assert "take the file as it was saved" in command("inspect", path)[1]
+
+
+def test_several_methods_in_one_file_run_nothing(base, job, canary, tmp_path):
+    tensors = files.lora() | {"x": files.calls(CANARY)["os.system"]}
+    sound = files.nemos_own({"peft_scheme": "lora,tied_lora"})
+    path = files.pack(tmp_path / "bad.nemo", sound | {"model_weights.ckpt": files.saved(tensors)})
+    check_adapter(path, base, job, canary, tmp_path, "lora,tied_lora")
 
 
 def canonical_cases():

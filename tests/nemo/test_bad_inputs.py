@@ -103,6 +103,9 @@ BAD_SETTINGS = [
     ("exp_manager.early_stopping_callback_params.patience", 1.5, "a whole number from 0"),
     ("exp_manager.early_stopping_callback_params.mode", "low", "Valid: min, max"),
     ("exp_manager.checkpoint_callback_params.save_top_k", "all", "a whole number from -1"),
+    ("exp_manager.checkpoint_callback_params.filename", "best-{step}", "must have {consumed_samples} in it"),
+    (f"{VALIDATION}.metric.name", "accuracy", "Valid: loss, exact_string_match, rouge"),
+    (f"{VALIDATION}.write_predictions_to_file", True, "output_file_path_prefix"),
     ("trainer.devices", 0, "a whole number from 1"),
     ("trainer.devices", "two", "a whole number from 1"),
     ("trainer.devices", [0], "a whole number from 1"),
@@ -333,7 +336,7 @@ def test_the_script_ends_with_the_line_and_exit_code_2(tmp_path):
         files.format("rows.jsonl"): "half a surrogate pair",
         # Known only to the tokenizer, so after the base is loaded.
         f"{files.format('sound.jsonl')} {sizes} {short}": (
-            "model.data.train_ds.max_seq_length=2: no room for a prompt and its answer: line 1 of sound.jsonl has 7"
+            "model.data.validation_ds.max_seq_length=2: no room for a prompt and its answer: line 1 of sound.jsonl has 7"
         ),
     }
     for overrides, message in cases.items():

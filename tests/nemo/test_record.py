@@ -15,7 +15,7 @@ def config(tmp_path, **overrides):
     settings = {
         "name": "run",
         "verbose": False,
-        "trainer": {"max_steps": 10, "precision": 32, "devices": 1, "val_check_interval": 5},
+        "trainer": {"max_steps": 10, "precision": 32, "devices": 1, "num_nodes": 1, "val_check_interval": 5},
         "exp_manager": {"exp_dir": "runs", "checkpoint_callback_params": {"monitor": "validation_loss"}},
         "model": {
             "seed": 1,
@@ -69,6 +69,30 @@ def test_what_moves_a_number_is_refused_by_name(tmp_path, name, value):
 def test_what_moves_none_may_change(tmp_path, name, value):
     earlier = Record.of(config(tmp_path))
     assert Record.of(config(tmp_path, **{name: value})).check_continues(earlier, "runs/run") == []
+
+
+def test_early_stopping_and_the_names_of_checkpoints_decide_too(tmp_path):
+    earlier = Record.of(config(tmp_path))
+    for name in ("early_stopping_callback_params.patience", "checkpoint_callback_params.filename"):
+        with pytest.raises(UsageError, match=f"^exp_manager.{name}="):
+            Record.of(config(tmp_path, **{f"exp_manager.{name}": 3})).check_continues(earlier, "runs/run")
+
+
+def test_the_layout_of_a_scheme_of_nemos_own_cannot_change(tmp_path):
+    lora = {"model.peft.peft_scheme": "lora"}
+    earlier = Record.of(config(tmp_path, **lora))
+    with pytest.raises(UsageError, match="^model.tensor_model_parallel_size=2"):
+        Record.of(config(tmp_path, **lora, **{"model.tensor_model_parallel_size": 2})).check_continues(earlier, "run")
+
+
+def test_an_adapter_in_a_folder_counts_by_its_content(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("one")
+    started = {"model.peft.restore_from_path": str(tmp_path / "adapter")}
+    earlier = Record.of(config(tmp_path, **started))
+    (tmp_path / "adapter" / "adapter_config.json").write_text("other")
+    with pytest.raises(UsageError, match="^model.peft.restore_from_path=.*other content"):
+        Record.of(config(tmp_path, **started)).check_continues(earlier, "run")
 
 
 def test_layout_and_versions_are_said(tmp_path):
