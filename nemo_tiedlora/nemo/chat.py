@@ -27,7 +27,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset i
 )
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.datasets import Checked
+from nemo_tiedlora.nemo.datasets import JsonRows
 from nemo_tiedlora.nemo.rows import MASK, chat_form
 
 Messages = list[dict[str, str]]
@@ -39,7 +39,7 @@ class Unwritable(ValueError):
     """A conversation that a tokenizer cannot be given so that answers can be told from prompts."""
 
 
-class ChatDataset(Checked, GPTSFTChatDataset):
+class ChatDataset(JsonRows, GPTSFTChatDataset):
     """Chat rows of either form."""
 
     def _process_example(self, example):

@@ -44,7 +44,7 @@ class Rows(JSONLMemMapDataset):
         return numpy.flatnonzero(numpy.diff(ends, prepend=-1) - 1 > size).tolist()
 
 
-class Checked:
+class JsonRows:
     """What our datasets share; NeMo's class follows it in the bases."""
 
     def _load_dataset(self):
@@ -82,7 +82,7 @@ class Checked:
         return UsageError("max_seq_length", self.max_seq_length, way_out)
 
 
-class TemplateDataset(Checked, GPTSFTDataset):
+class TemplateDataset(JsonRows, GPTSFTDataset):
     """Rows put into a prompt template."""
 
     def _process_example(self, example):

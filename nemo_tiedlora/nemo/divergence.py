@@ -34,9 +34,8 @@ class DivergenceCheck(Callback):
     """
 
     def __init__(self):
-        self._unread: list[
-            tuple[int, torch.Tensor, bool]
-        ] = []  # step; is its loss, its norm not finite; was it skipped
+        # Step; is its loss, its norm not finite; was it skipped.
+        self._unread: list[tuple[int, torch.Tensor, bool]] = []
         self._in_a_row = {"loss": 0, "gradient norm": 0}
 
     @torch.no_grad()
@@ -47,7 +46,7 @@ class DivergenceCheck(Callback):
             what = f"gradients overflowed at step {trainer.global_step} even at a loss scale of {SMALLEST_SCALE:g}"
             raise _diverged(trainer, model, what)
         loss = outputs["loss"].detach()
-        values = torch.stack([value.to(loss.device).float().reshape(()) for value in (loss, _norm(trainer))])
+        values = torch.stack([value.to(loss.device).float().reshape(()) for value in (loss, _norm(trainer, loss))])
         self._unread.append((trainer.global_step, ~values.isfinite(), skipped))
         if len(self._unread) >= READ_EVERY:
             self._read(trainer, model)
@@ -87,13 +86,13 @@ class DivergenceCheck(Callback):
                     raise _diverged(trainer, model, what)
 
 
-def _norm(trainer) -> torch.Tensor:
-    """The step's gradient norm as NeMo logs it, on the first rank for all; 0 where there is none.
+def _norm(trainer, loss: torch.Tensor) -> torch.Tensor:
+    """The step's gradient norm as NeMo logs it, on the first rank for all; 0, where the loss is, if there is none.
 
     Not from ``trainer.callback_metrics``, which brings every number of the progress bar to the CPU.
     """
     logged = trainer._results.get("configure_gradient_clipping.grad_norm")
-    return torch.zeros(()) if logged is None else logged._forward_cache
+    return loss.new_zeros(()) if logged is None else logged._forward_cache
 
 
 @torch.no_grad()

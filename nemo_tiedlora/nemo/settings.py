@@ -133,7 +133,7 @@ CHOICES = {
     "exp_manager.early_stopping_callback_params.mode": ("min", "max"),
 }
 #: Sections that a job cannot do without.
-SECTIONS = (
+MAPPINGS = (
     "trainer", "exp_manager", "model", "model.peft", "model.optim", "model.data", "model.data.train_ds",
     "model.data.validation_ds", "model.data.validation_ds.metric",
 )  # fmt: skip
@@ -145,7 +145,7 @@ def check_outline(cfg: DictConfig) -> None:
     Raises:
         UsageError: for the first one that is not.
     """
-    for name in SECTIONS:
+    for name in MAPPINGS:
         _section(cfg, name)
 
 

@@ -56,6 +56,17 @@ def test_a_run_that_diverges_keeps_the_last_good_checkpoint(tmp_path, scheme):
         assert not list((tmp_path / "runs").rglob(name))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("layout", [(), ("model.pipeline_model_parallel_size=2",)], ids=["DP2", "PP2"])
+def test_all_ranks_of_a_run_that_diverges_end_together(tmp_path, layout):
+    diverging = ("model.optim.lr=1e6", "trainer.devices=2", *layout)
+    ends = [rank.finish() for rank in forked.torchrun(2, SCRIPT, *SHORT, *diverging, cwd=tmp_path)]
+    assert [code for code, _, _ in ends] == [1, 1], ends[0][2][-2000:] + ends[1][2][-2000:]
+    said = {[line for line in err.splitlines() if not line.startswith("step ")][-1] for _, _, err in ends}
+    assert len(said) == 1 and "the run diverged: " in said.pop()
+    assert not list(tmp_path.rglob("*.nemo")) and not list(tmp_path.rglob("summary.json"))
+
+
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.thorough)])
 def test_a_rank_that_is_killed_ends_the_others_and_the_job_continues(tmp_path, victim):
     ranks = forked.torchrun(2, SCRIPT, *SHORT, "trainer.devices=2", cwd=tmp_path)
