@@ -5,6 +5,7 @@ the layout it began with. For a model that trains nothing but adapters of ours t
 file, which rank 0 writes and every rank of any layout reads its part of.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -53,8 +54,12 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
     """
     checked = Checked(model.trainer.ckpt_path, checkpoint)
     checked.names(KEY, checkpoint[KEY], model.adaptations)
+    rules = checkpoint.get(RULES, {})
+    checked.alike(rules, {}, RULES)
     for scheme in checkpoint[KEY]:
-        _check_rule(model, scheme, checkpoint.get(RULES, {}).get(scheme, drawing_by_torch.RULE))
+        rule = rules.get(scheme, drawing_by_torch.RULE)
+        checked.alike(rule, drawing_by_torch.RULE, f"{RULES}.{scheme}")
+        _check_rule(model, scheme, rule)
     _check(model, checked)
     for scheme, saved in checkpoint[KEY].items():
         mine = {}
@@ -71,12 +76,13 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
 def _check(model, checked: Checked) -> None:
     checked.progress(model.trainer)
     groups = inner(model.trainer).param_groups
+    dtypes = {tensor.dtype for group in groups for tensor in group["params"]}
     for scheme, adapted in model.adaptations.items():
         variant = adapted.bank.variant
         specs = specs_of(variant, sites(variant.config, model.cfg))
         shapes = {key: spec.shape(site, variant.rank) for key, (spec, site) in specs.items() if spec.trained}
         mine = [settings_of(group) for group in groups if group.get("adapter", scheme) == scheme]
-        checked.whole(f"{KEY}.{scheme}", checked.content[KEY][scheme], shapes, mine or [{}])
+        checked.whole(f"{KEY}.{scheme}", checked.content[KEY][scheme], shapes, mine or [{}], dtypes)
 
 
 def _check_rule(model, scheme: str, trained: int) -> None:
@@ -132,11 +138,17 @@ def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
         for name in ("state_dict", "optimizer_states"):
             checked.finite(checkpoint.get(name), name)
     elif not only_ours(model):
+        if KEY in checkpoint:
+            raise checked.error(f"{KEY} is not one of this run's")
         checked.state_dict(model.state_dict())
         if not model.use_mcore_dist_optim:
-            checked.optimizer(inner(model.trainer))
+            checked.optimizer(model.trainer.optimizers[0])
     elif KEY not in checkpoint:
         raise checked.error(f"{KEY} is missing")
+    else:  # what is in these, Lightning would take as it is
+        for name, empty in (("state_dict", {}), ("optimizer_states", [])):
+            if type(checkpoint.get(name)) is not type(empty) or len(checkpoint[name]):
+                raise checked.error(f"{name} is not empty, as it is beside {KEY}")
     return checkpoint
 
 
@@ -186,12 +198,14 @@ class Recorded(Callback):
             way_out = "does not say what it was trained with; remove it to start again, or name another folder"
             raise UsageError("checkpoint", str(path), way_out)
         try:
-            saved = Record(**checkpoint[self.KEY])
+            saved = Record(**json.loads(json.dumps(checkpoint[self.KEY])))
             self.record.check_continues(saved, path)
-            step = int(checkpoint["global_step"])
-        except (TypeError, KeyError, AttributeError) as error:
+        except UsageError:
+            raise
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise Checked(path, checkpoint).error(f"{self.KEY} is damaged ({type(error).__name__})") from None
-        if step > max_steps:
+        step = checkpoint.get("global_step")
+        if type(step) is int and step > max_steps:
             way_out = f"{path} is of step {step} already; name another folder"
             raise UsageError("trainer.max_steps", max_steps, way_out)
 

@@ -40,6 +40,8 @@ SHAPES = {
 LORA = {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": 2, "target_modules": ["attention_qkv"]}}
 Files = dict[str, bytes]
 TERABYTE = 2**40
+#: Written by no file, if all goes well.
+CANARY = Path("/tmp") / f"canary-{os.getpid()}"
 
 
 class Call:

@@ -5,9 +5,7 @@ Every door is the function behind a command or a script. None of these files get
 
 import io
 import json
-import os
 import pickle
-import resource
 import struct
 import sys
 from dataclasses import replace
@@ -16,6 +14,7 @@ from pathlib import Path
 import files
 import pytest
 import torch
+from files import CANARY
 from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
@@ -27,22 +26,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples"))
 SHAPE = {name: files.CONFIG[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "activation")}
 SHAPE |= {"num_attention_heads": 2, "num_query_groups": 2}
-
-
-@pytest.fixture(autouse=True)
-def canary(tmp_path):
-    """The file that no file may write; nor may one claim more memory than a small job has."""
-    path = Path("/tmp") / f"canary-{os.getpid()}"
-    path.unlink(missing_ok=True)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 2**30, limits[1]))
-    yield path
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert not path.exists()
-
-
-CANARY = Path("/tmp") / f"canary-{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
