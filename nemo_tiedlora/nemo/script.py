@@ -62,22 +62,24 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
 
 def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: str) -> None:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
     wait_passively()
     register_resolvers()
     # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    composed: list[tuple[DictConfig, list[str]]] = []
+    composed: list[tuple[DictConfig, bool]] = []
     take = hydra.main(version_base="1.3", config_path=str(config_path.resolve()), config_name=config_name)
     try:
         # The job runs outside Hydra, which would print its own report before any error of the job.
-        take(lambda cfg: composed.append((cfg, _trusted(cfg))))()
-        for cfg, digests in composed:
+        take(lambda cfg: composed.append((cfg, HydraConfig.get().mode == RunMode.MULTIRUN)))()
+        for cfg, sweep in composed:
             from nemo_tiedlora.checkpoint.pickles import trusting
 
-            with trusting(digests):
+            with trusting(_trusted(cfg, sweep)):
                 job(cfg)
     except UsageError as error:
         _exit(str(error))
@@ -95,15 +97,12 @@ def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: st
         _exit("another rank of this job ended; the same command continues from the last checkpoint", 1)
 
 
-def _trusted(cfg: "DictConfig") -> list[str]:
+def _trusted(cfg: "DictConfig", sweep: bool) -> list[str]:
     """The files that the user trusts, by SHA-256; they are taken out of ``cfg``.
 
     Raises:
         UsageError: they are not on the command line itself, so that somebody else may have set them.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
     given = cfg.get("trust_sha256")
     if given is None:
         return []
@@ -111,7 +110,6 @@ def _trusted(cfg: "DictConfig") -> list[str]:
 
     digests = check_digests(given, "trust_sha256")
     said = " ".join(argument for argument in sys.argv[1:] if argument.lstrip("+").startswith("trust_sha256="))
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     for digest in digests:
         if sweep or digest not in said.lower():
             raise UsageError("trust_sha256", digest, "is taken from the command line of a single run only")

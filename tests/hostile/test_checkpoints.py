@@ -1,7 +1,7 @@
 """Hostile training checkpoints in a run's folder: one line, exit code 2, nothing run, nothing half taken.
 
-One run of each kind is made; what its rerun does with a checkpoint, `Trainer.fit`, is tried on the same model in the same
-process with every bad one.
+One run of each kind is made; what its rerun does with a checkpoint, `Trainer.fit`, is tried on the same model in the
+same process with every bad one.
 """
 
 from __future__ import annotations
@@ -409,7 +409,11 @@ def test_the_script_ends_in_one_line_and_runs_only_what_its_command_line_trusts(
     assert f"trust_sha256={digest}" in err
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "theirs.yaml").write_text(f"# @package _global_\ntrust_sha256: {digest}\n")
-    for refused in ((f"hydra.searchpath=[{tmp_path / 'conf'}]", "+theirs@_global_=theirs"), ("trust_sha256=abc",)):
+    for refused in (
+        (f"hydra.searchpath=[{tmp_path / 'conf'}]", "+theirs@_global_=theirs"),
+        ("trust_sha256=abc",),
+        (f"trust_sha256={digest}", "-m"),
+    ):
         code, _, err = script(*refused)
         assert code == 2 and err.count("\n") == 1, err[-2000:]
     assert not CANARY.exists()
