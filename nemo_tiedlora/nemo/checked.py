@@ -99,7 +99,7 @@ class Checked:
                 raise self.error(f"{name} is {saved!r}")
             if len(saved) != len(mine) and not (saved and name.rsplit(".", 1)[-1] in RATES):
                 raise self.error(f"{name} is {saved!r}")
-        elif isinstance(mine, NUMBERS) and not (self._is_number(saved) or saved == mine):
+        elif isinstance(mine, NUMBERS) and not (self._is_number(saved) or (type(saved) is float and saved == mine)):
             raise self.error(f"{name} is {saved!r}")
 
     @staticmethod

@@ -225,6 +225,7 @@ def any_file_cases():
     yield "no loops", drop("loops"), "loops is None"
     yield "loops of words", put("x" * 5000, "loops", "fit_loop"), "loops.fit_loop is"
     yield "loops without an end", put(INFINITE, "loops", "fit_loop", "epoch_progress", "total", "ready"), "is inf"
+    yield "an end of a terabyte", put(huge(), "loops", "fit_loop", "epoch_progress", "total", "ready"), "loops.fit_loop"
     yield "no schedule", put([], "lr_schedulers"), "lr_schedulers must be a list of 1"
     yield "a schedule without a place", drop("lr_schedulers", 0, "last_epoch"), "last_epoch is missing"
     yield "a schedule of NaN", put([NAN], "lr_schedulers", 0, "base_lrs"), "base_lrs is [nan]"
