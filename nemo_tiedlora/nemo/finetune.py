@@ -166,14 +166,16 @@ def _finished(cfg: DictConfig, folder: Path) -> str | None:
     path = folder / SUMMARY
     if not cfg.exp_manager.resume_if_exists or not path.exists():
         return None
-    summary = json.loads(path.read_text("utf-8"))
-    adapter = summary["adapter"]
-    beside = adapter and folder / "checkpoints" / Path(adapter).name  # the run's folder may have been moved
-    if adapter and not Path(adapter).is_file():
-        adapter = beside
-    if summary["max_steps"] != cfg.trainer.max_steps or (adapter and not Path(adapter).is_file()):
+    try:
+        summary = json.loads(path.read_text("utf-8"))
+        adapter, steps, most = summary["adapter"], summary["steps"], summary["max_steps"]
+        if adapter and not Path(adapter).is_file():
+            adapter = folder / "checkpoints" / Path(adapter).name  # the run's folder may have been moved
+    except (ValueError, KeyError, TypeError):  # damaged: it is written again
         return None
-    return f"already finished, after {summary['steps']} steps\nadapter: {adapter}\n{path}"
+    if most != cfg.trainer.max_steps or (adapter and not Path(adapter).is_file()):
+        return None
+    return f"already finished, after {steps} steps\nadapter: {adapter}\n{path}"
 
 
 def _use_builtin_task(cfg: DictConfig, folder: Path) -> None:
