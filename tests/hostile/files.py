@@ -31,6 +31,13 @@ CONFIG = {
     "tokenizer": {"library": "sentencepiece", "model": "nemo:tokenizer.model"},
     "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
 }
+#: What an adapter of ours says of that base.
+SHAPE = {
+    name: CONFIG[name]
+    for name in (
+        "num_layers", "hidden_size", "ffn_hidden_size", "activation", "num_attention_heads", "num_query_groups",
+    )
+}  # fmt: skip
 SHAPES = {
     "self_attention.linear_qkv": (3 * HIDDEN, HIDDEN),
     "self_attention.linear_proj": (HIDDEN, HIDDEN),

@@ -24,8 +24,6 @@ from nemo_tiedlora.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "examples"))
-SHAPE = {name: files.CONFIG[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "activation")}
-SHAPE |= {"num_attention_heads": 2, "num_query_groups": 2}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def adapter(tmp_path_factory):
     from checkpoint.conftest import _make
 
     path = tmp_path_factory.mktemp("adapter") / "adapter.nemo"
-    write(replace(_make(shape=SHAPE), model_config=None), path)
+    write(replace(_make(shape=files.SHAPE), model_config=None), path)
     return path
 
 
@@ -262,8 +260,8 @@ def canonical_cases():
     yield "settings in a list", forge(settings=[])
     yield "a rank of a trillion", forge(settings={"rank": 10**12})
     yield "groups in a file", forge(method="share_lora", settings={"groups": "/etc/passwd"})
-    yield "a base of a billion layers", forge(base={"shape": SHAPE | {"num_layers": 10**9}, "checksums": {}})
-    yield "a base a trillion wide", forge(base={"shape": SHAPE | {"hidden_size": 10**12}, "checksums": {}})
+    yield "a base of a billion layers", forge(base={"shape": files.SHAPE | {"num_layers": 10**9}, "checksums": {}})
+    yield "a base a trillion wide", forge(base={"shape": files.SHAPE | {"hidden_size": 10**12}, "checksums": {}})
     yield "checksums of nothing", forge(payload_sha256=0)
     yield "a config that was changed", lambda content: content | {store.CONFIG: content[store.CONFIG][:-2] + b" \n"}
     yield "a nested config", lambda content: content | {store.CONFIG: b"[" * 100_000}
