@@ -46,16 +46,17 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         self.sequence_parallel = self.sharded and bool(getattr(model_parallel_config, "sequence_parallel", False))
         self.setup_adapter_strategy(adapter_mixin_strategies.ReturnResultAdapterStrategy())
 
-    def bind(self, bank: Bank, site: Site, linear: nn.Module, rows: torch.Tensor | None) -> None:
+    def bind(self, bank: Bank, site: Site, linear: nn.Module, rows: torch.Tensor | None, blocks: int) -> None:
         """Take this layer's place in the bank: create the tensors it is the first to need, in ``linear``'s dtype.
 
         Args:
             rows: the rows of a fused ``linear`` that the target addresses; None means all.
+            blocks: how many matrices Megatron stacks in the target's weight and shards one by one.
         """
         # Not as submodules: a shared tensor must appear once in the model's parameters.
         object.__setattr__(self, "_bank", bank)
         object.__setattr__(self, "_linear", linear)
-        self.site = site
+        self.site, self.blocks = site, blocks
         self.register_buffer("_rows", None if rows is None else rows.to(linear.weight.device), persistent=False)
         bank.adopt(self, site, self.frozen())
         for name, spec in bank.variant.tensors(site).items():
@@ -65,7 +66,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
     def frozen(self) -> FrozenWeight:
         """This rank's part of the layer's frozen weight."""
         if self.sharded:
-            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.sequence_parallel)
+            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.sequence_parallel, self.blocks)
         return FrozenWeight(self._linear.weight, self._rows)
 
     def factors(self) -> Factors:

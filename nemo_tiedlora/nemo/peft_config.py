@@ -74,7 +74,8 @@ class FactorPEFTConfig(PEFTConfig):
                 if self.adapter_name(target) in adapters:
                     adapter = adapters[self.adapter_name(target)]
                     site = Site(target, layer.layer_number - 1, *shape(target, model.cfg))
-                    adapter.bind(bank, site, linear, rows(target, model.cfg, ranks))
+                    stacked = blocks(target, model.cfg)
+                    adapter.bind(bank, site, linear, rows(target, model.cfg, ranks), stacked)
                     specs = self.variant.tensors(site).values()
                     partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.sequence_parallel)}
         modules = sites(self.config, model.cfg)

@@ -6,7 +6,8 @@ Sums over the sharded axis are completed over the ranks; they are formed once pe
 import torch
 from torch import Tensor
 
-from nemo_tiedlora.parallel.exchange import all_reduce
+from nemo_tiedlora.parallel.cut import tensor_ranks
+from nemo_tiedlora.parallel.exchange import all_gather, all_reduce
 from nemo_tiedlora.variants import FrozenWeight
 
 
@@ -16,12 +17,15 @@ class ShardedWeight(FrozenWeight):
     Args:
         parallel: ``column`` or ``row``.
         sequence_parallel: the gradients of factors are of this rank's tokens only.
+        blocks: how many matrices are stacked in W, each cut on its own.
     """
 
-    def __init__(self, tensor: Tensor, rows: Tensor | None, parallel: str, sequence_parallel: bool):
+    def __init__(
+        self, tensor: Tensor, rows: Tensor | None, parallel: str, sequence_parallel: bool = False, blocks: int = 1
+    ):
         super().__init__(tensor, rows)
         self.column = parallel == "column"
-        self.sequence_parallel = sequence_parallel
+        self.sequence_parallel, self.blocks = sequence_parallel, blocks
 
     def left(self, X: Tensor) -> Tensor:
         product = super().left(X)
@@ -30,6 +34,22 @@ class ShardedWeight(FrozenWeight):
     def left_gradient(self, grad: Tensor) -> Tensor:
         # θ_A's part needs every token's gradient of A if A was summed over the ranks; else parts are added up later.
         return super().left_gradient(all_reduce(grad) if self.column and self.sequence_parallel else grad)
+
+    def turned(self, X: Tensor) -> Tensor:
+        product, (ranks, rank) = super().turned(X).T, tensor_ranks()
+        if self.column:  # each rank has some rows of the whole product
+            parts = all_gather(product).view(ranks, self.blocks, -1, X.shape[1])
+            return parts.transpose(0, 1).flatten(0, 2).T
+        return all_reduce(product).chunk(ranks)[rank].T
+
+    def turned_gradient(self, grad: Tensor) -> Tensor:
+        ranks, rank = tensor_ranks()
+        if not self.column:
+            return super().turned_gradient(all_gather(grad.T).T)
+        whole = (all_reduce(grad) if self.sequence_parallel else grad).T
+        own = whole.reshape(self.blocks, ranks, -1, whole.shape[1])[:, rank].flatten(0, 1)
+        product = super().turned_gradient(own.T)
+        return product if self.sequence_parallel else all_reduce(product)  # else the parts are added up later
 
     def right(self, X: Tensor) -> Tensor:
         product = super().right(X)

@@ -74,6 +74,14 @@ class FrozenWeight:
         """dL/dX (out, k) of ``left`` from dL/d(XᵀW) (k, in)."""
         return self(grad.dtype) @ grad.T
 
+    def turned(self, X: Tensor) -> Tensor:
+        """``Xᵀ Wᵀ`` of a square W for X (in, k): (k, in)."""
+        return (self(X.dtype) @ X).T
+
+    def turned_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dX (in, k) of ``turned`` from dL/d(XᵀWᵀ) (k, in)."""
+        return self(grad.dtype).T @ grad.T
+
     def right(self, X: Tensor) -> Tensor:
         """``W X`` for X (in, k): (out, k)."""
         return self(X.dtype) @ X

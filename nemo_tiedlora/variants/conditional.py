@@ -4,7 +4,7 @@
     B_l = W_l θ_B         θ_B: (in, rank)                                                            (equation 6)
 
 The paper assumes square weights; this is its equations in torch layout, W (out, in), and the only orientation that
-also fits rectangular ones.
+also fits rectangular ones. The authors' code, from which the published scores come, has ``A_l = θ_Aᵀ W_lᵀ`` instead.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants import groups as grouping
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.config import VariantConfig
-from nemo_tiedlora.variants.init import Init
+from nemo_tiedlora.variants.init import ZEROS, Init
 from nemo_tiedlora.variants.once import OncePerStep
 
 
@@ -28,10 +29,17 @@ class ConditionalConfig(VariantConfig):
 
     Args:
         groups: lists of 0-based layers that have one θ each, beside the one of all other layers; null: one for all.
+        orientation: ``paper``: equation 5; or ``authors``: A_l = θ_Aᵀ W_lᵀ, with θ_A (in, rank), as their code does,
+            for square weights only.
     """
 
     init_A: str = "kaiming_uniform"
     groups: list[list[int]] | None = None
+    orientation: str = "paper"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("orientation", self.orientation, ("paper", "authors"))
 
 
 class _FormedA(torch.autograd.Function):
@@ -45,6 +53,19 @@ class _FormedA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.weight.left_gradient(grad), None, None
+
+
+class _FormedTurnedA(torch.autograd.Function):
+    """A = θ_Aᵀ Wᵀ, likewise."""
+
+    @staticmethod
+    def forward(ctx, theta, weight, A):
+        ctx.weight = weight
+        return A.view_as(A)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.weight.turned_gradient(grad), None, None
 
 
 class _FormedB(torch.autograd.Function):
@@ -71,17 +92,25 @@ class Conditional(Variant):
         super().__init__(config, layers)
         groups = grouping.check(config.groups or [], layers)
         self.group = {layer: f"group{group[0]}." for group in groups for layer in group}
+        self.turned = config.orientation == "authors"
         self._once = OncePerStep()
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.turned and site.in_features != site.out_features:
+            shape = f"{site.target} has shape ({site.out_features}, {site.in_features})"
+            raise UsageError("orientation", self.config.orientation, f"is for square weights; {shape}; write paper")
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         prefix = f"{site.target}.{self.group.get(site.layer, '')}"
         theta_A = Init(self.config.init_A, self.config.std_A)
         return {
-            "theta_A": TensorSpec(f"{prefix}theta_A", ("out", "rank"), theta_A, True, "A"),
-            "theta_B": TensorSpec(f"{prefix}theta_B", ("in", "rank"), Init("zeros"), True, "B"),
+            "theta_A": TensorSpec(f"{prefix}theta_A", ("in" if self.turned else "out", "rank"), theta_A, True, "A"),
+            "theta_B": TensorSpec(f"{prefix}theta_B", ("in", "rank"), ZEROS, True, "B"),
         }
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         theta_A, theta_B = tensors["theta_A"], tensors["theta_B"]
-        A, B = self._once(site, (theta_A, theta_B), weight, lambda: (weight.left(theta_A), weight.right(theta_B)))
-        return Factors(_FormedA.apply(theta_A, weight, A), _FormedB.apply(theta_B, weight, B), self.scale)
+        formed_A, product = (_FormedTurnedA, weight.turned) if self.turned else (_FormedA, weight.left)
+        A, B = self._once(site, (theta_A, theta_B), weight, lambda: (product(theta_A), weight.right(theta_B)))
+        return Factors(formed_A.apply(theta_A, weight, A), _FormedB.apply(theta_B, weight, B), self.scale)

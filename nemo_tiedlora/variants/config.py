@@ -1,5 +1,6 @@
 """Settings that every method has."""
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -89,6 +90,15 @@ def check_number(name: str, given: object) -> None:
     """Raise ``UsageError`` unless ``given`` is a number."""
     if isinstance(given, bool) or not isinstance(given, int | float):
         raise UsageError(name, given, "must be a number")
+
+
+def check_start(name: str, given: object, trained: Collection[str]) -> None:
+    """Raise ``UsageError`` unless ``given`` is a value that u can start from, where u is trained."""
+    check_number(name, given)
+    if not (math.isfinite(given) and given):
+        raise UsageError(name, given, "must be a finite number other than 0, from which v would never leave 0")
+    if given != 1 and "u" not in trained:
+        raise UsageError(name, given, f"u is not trained, but {', '.join(trained)}; an untrained u is 1")
 
 
 def check_list(name: str, given: object, kind: type) -> None:

@@ -19,6 +19,9 @@ from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules, normalised
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, Variant, Wrapper
 from nemo_tiedlora.variants.config import VariantConfig, check_number
 
+#: What ``backward`` importance starts from, as in the authors' code: a module without a gradient can still be drawn.
+LEAST = 1e-6
+
 
 @dataclass(kw_only=True)
 class DynamicConfig(VariantConfig):
@@ -33,7 +36,10 @@ class DynamicConfig(VariantConfig):
         schedule: ``periodic``: choose anew every ``period`` steps; ``once``: a single time, after ``period`` steps.
         period: in optimizer steps.
         importance: ``forward``, the norm of the layer's output per sample; or ``backward``, the norm of the gradient
-            of its factors per micro-batch, which only active modules have.
+            of its factors per micro-batch. An inactive module has none: as in the authors' code, its score goes on
+            growing by what it gained in its last active step.
+        scoring_steps: of ``backward``: for how many steps all modules are active before the first choice, so that each
+            has a score. The authors take one ``period``.
         norm: p of equation 1: 1 or 2.
         optimizer: ``global``: one learning-rate schedule for all; ``local``: each tensor follows the schedule, and its
             optimizer counts steps, by the steps it was active for.
@@ -47,6 +53,7 @@ class DynamicConfig(VariantConfig):
     schedule: str = "periodic"
     period: int = 50
     importance: str = "forward"
+    scoring_steps: int = 1
     norm: int = 2
     optimizer: str = "global"
 
@@ -60,6 +67,10 @@ class DynamicConfig(VariantConfig):
         check_choice("optimizer", self.optimizer, ("global", "local"))
         if type(self.period) is not int or self.period < 1:
             raise UsageError("period", self.period, "must be a whole number of steps > 0")
+        if type(self.scoring_steps) is not int or not 1 <= self.scoring_steps <= self.period:
+            raise UsageError("scoring_steps", self.scoring_steps, f"must be 1 to the period, {self.period}")
+        if self.scoring_steps != 1 and not self.scores("backward"):
+            raise UsageError("scoring_steps", self.scoring_steps, "goes with importance: backward, where it is used")
         if self.active is not None and (type(self.active) is not int or self.active < 1):
             raise UsageError("active", self.active, "must be a whole number > 0, or null for two thirds of the modules")
         if self.active is not None and self.allocator == "threshold":
@@ -69,6 +80,10 @@ class DynamicConfig(VariantConfig):
             raise UsageError("threshold", self.threshold, "must be more than 0 and at most 1")
         if not isinstance(self.settings, dict):
             raise UsageError("settings", self.settings, "write a mapping, such as {preset: TL5}")
+
+    def scores(self, importance: str) -> bool:
+        """Whether modules are chosen by this importance."""
+        return self.allocator != "random" and self.importance == importance
 
     def inner_settings(self) -> dict[str, Any]:
         """The inner method's settings: its own, and what was said here of those that every method has."""
@@ -113,6 +128,7 @@ class Dynamic(Wrapper):
         active: those that train now.
         step: optimizer steps taken.
         importance: y_m of each module.
+        last_gain: what each module's ``backward`` importance grew by in its last active step.
         active_steps: how many steps each module was active for.
         log: every choice made.
     """
@@ -123,6 +139,7 @@ class Dynamic(Wrapper):
         self.active: frozenset[Site] = frozenset()
         self.step = 0
         self.importance: list[float] = []
+        self.last_gain: list[float] = []
         self.active_steps: list[int] = []
         self.log: list[Allocation] = []
         self._random = Random(config.seed)
@@ -142,8 +159,7 @@ class Dynamic(Wrapper):
 
     def _scores(self, importance: str) -> bool:
         config = self.config
-        needed = config.allocator != "random" and not (config.schedule == "once" and self.step >= config.period)
-        return needed and config.importance == importance
+        return config.scores(importance) and not (config.schedule == "once" and self.step >= config.period)
 
     def _watched(self, site: Site, part: str, factor: Tensor) -> Tensor:
         if not factor.requires_grad:
@@ -175,8 +191,13 @@ class Dynamic(Wrapper):
         self.modules = list(sites)
         if (self.config.active or 1) > len(self.modules):
             raise UsageError("active", self.config.active, f"there are {len(self.modules)} modules to choose from")
-        self.importance, self.active_steps = [0.0] * len(self.modules), [0] * len(self.modules)
-        self._allocate()
+        backward = self.config.scores("backward")
+        self.importance = [LEAST if backward else 0.0] * len(self.modules)
+        self.last_gain, self.active_steps = [0.0] * len(self.modules), [0] * len(self.modules)
+        if backward:
+            self.active = frozenset(self.modules)
+        else:
+            self._allocate()
 
     def advance(self, ranks: Alone | None = None) -> None:
         """An optimizer step was taken: add up the scores, and choose anew if it is time."""
@@ -184,13 +205,20 @@ class Dynamic(Wrapper):
             self.active_steps[number] += module in self.active
         if self._scores(self.config.importance):
             gained = self._gained(ranks or Alone())
+            if self.config.importance == "backward":
+                pairs = zip(self.modules, gained, self.last_gain, strict=True)
+                self.last_gain = gained = [new if module in self.active else last for module, new, last in pairs]
             self.importance = [score + more for score, more in zip(self.importance, gained, strict=True)]
         self._seen.clear()
         self.step += 1
-        if self.step == self.config.period or (
-            self.config.schedule == "periodic" and self.step % self.config.period == 0
-        ):
+        if self._time_to_choose():
             self._allocate()
+
+    def _time_to_choose(self) -> bool:
+        config = self.config
+        if self.step == config.scoring_steps and config.scores("backward"):
+            return True
+        return self.step == config.period or (config.schedule == "periodic" and self.step % config.period == 0)
 
     def _gained(self, ranks: Alone) -> list[float]:
         """Σ_x ‖·‖_p of each module over the samples of one step, by equation 1."""
@@ -235,6 +263,7 @@ class Dynamic(Wrapper):
             "step": self.step,
             "active": [number for number, module in enumerate(self.modules) if module in self.active],
             "importance": self.importance,
+            "last_gain": self.last_gain,
             "active_steps": self.active_steps,
             "log": [asdict(allocation) for allocation in self.log],
             "random": [version, list(numbers), gauss],
@@ -244,7 +273,8 @@ class Dynamic(Wrapper):
         """Go on from what ``state_dict`` gave, after ``start``."""
         self.step = state["step"]
         self.active = frozenset(self.modules[number] for number in state["active"])
-        self.importance, self.active_steps = list(state["importance"]), list(state["active_steps"])
+        self.importance, self.last_gain = list(state["importance"]), list(state["last_gain"])
+        self.active_steps = list(state["active_steps"])
         self.log = [Allocation(**allocation) for allocation in state["log"]]
         version, numbers, gauss = state["random"]
         self._random.setstate((version, tuple(numbers), gauss))

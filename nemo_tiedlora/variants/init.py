@@ -15,7 +15,8 @@ STD = {
     "kaiming_normal": lambda fan_out, fan_in: math.sqrt(2 / fan_in),
     "xavier": lambda fan_out, fan_in: math.sqrt(2 / (fan_in + fan_out)),
 }
-CONSTANTS = {"zeros": 0.0, "ones": 1.0}
+#: Starts as ``value`` everywhere.
+CONSTANT = "constant"
 #: Starts as the length of each row of the layer's frozen weight.
 ROW_NORMS = "row_norms"
 #: How random values are drawn, by the number that adapter files record.
@@ -28,9 +29,10 @@ class Init:
 
     Args:
         kind: ``normal`` (std 1/sqrt(fan_in), so that it does not depend on the width), ``kaiming_uniform``
-            (a=sqrt(5)), ``kaiming_normal``, ``xavier`` (normal), ``zeros`` or ``ones``; or ``row_norms``, the lengths
-            of the rows of the layer's frozen weight.
+            (a=sqrt(5)), ``kaiming_normal``, ``xavier`` (normal) or ``constant``; or ``row_norms``, the lengths of the
+            rows of the layer's frozen weight.
         std: standard deviation to use in place of the one that ``kind`` derives from the shape.
+        value: of ``constant``.
 
     Raises:
         UsageError: for an unknown kind or a standard deviation that is not positive.
@@ -38,9 +40,10 @@ class Init:
 
     kind: str
     std: float | None = None
+    value: float = 0.0
 
     def __post_init__(self):
-        check_choice("init", self.kind, (*STD, *CONSTANTS, ROW_NORMS))
+        check_choice("init", self.kind, (*STD, CONSTANT, ROW_NORMS))
         if self.std is not None and (self.kind not in STD or not self.std > 0):
             raise UsageError("std", self.std, f"must be > 0, and goes with {', '.join(STD)} only")
 
@@ -62,8 +65,16 @@ class Init:
             rule: a key of ``RULES``; another than the present one only for adapters that were made with it.
         """
         if not self.random:
-            return torch.full(shape, CONSTANTS[self.kind])
+            return torch.full(shape, self.value)
         drawn, unit = RULES[rule], self.unit(shape)
         if self.kind == "kaiming_uniform":
             return torch.as_tensor(drawn.uniform(shape, math.sqrt(3) * unit, seed, key))
         return torch.as_tensor(drawn.normal(shape, unit, seed, key))
+
+
+def constant(value: float) -> Init:
+    """The same value everywhere."""
+    return Init(CONSTANT, value=value)
+
+
+ZEROS = constant(0.0)

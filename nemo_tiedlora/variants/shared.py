@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import groups as grouping
 from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
-from nemo_tiedlora.variants.config import VariantConfig, parts
-from nemo_tiedlora.variants.init import Init
+from nemo_tiedlora.variants.config import VariantConfig, check_start, parts
+from nemo_tiedlora.variants.init import ZEROS, Init, constant
 
 
 @dataclass(kw_only=True)
@@ -30,12 +30,14 @@ class SharedConfig(VariantConfig):
         rank_expansion: ``none``; ``budget``, the largest rank that costs no more than unshared LoRA of ``rank``; or
             the rank to use, as a number.
         train: parts to train: A and B, and optionally per-layer u and v.
+        init_u: what a trained u starts at.
     """
 
     groups: list | str = "odd_even"
     shared_layers: int | None = None
     rank_expansion: str | int = "none"
     train: list[str] | None = None
+    init_u: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -44,6 +46,7 @@ class SharedConfig(VariantConfig):
         self.train = parts("train", "AB" if self.train is None else self.train, PARTS)
         if not {"A", "B"} <= set(self.train):
             raise UsageError("train", self.train, "ShareLoRA trains A and B, and optionally u and v")
+        check_start("init_u", self.init_u, self.train)
         expansion = self.rank_expansion
         whole = isinstance(expansion, int) and not isinstance(expansion, bool)
         if expansion not in ("none", "budget") and not (whole and expansion > 0):
@@ -86,9 +89,9 @@ class Shared(Variant):
         zero_B = "v" not in config.train  # ΔW = 0 at the start: by v = 0 where v is trained, else by B = 0
         inits = {
             "A": Init(config.init_A, config.std_A),
-            "B": Init("zeros") if zero_B else Init(config.init_B, config.std_B),
-            "u": Init("ones"),
-            "v": Init("zeros"),
+            "B": ZEROS if zero_B else Init(config.init_B, config.std_B),
+            "u": constant(config.init_u),
+            "v": ZEROS,
         }
         leader = self.leader.get(site.layer, site.layer)
         owner = {"A": leader, "B": leader, "u": site.layer, "v": site.layer}

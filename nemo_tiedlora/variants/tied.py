@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
-from nemo_tiedlora.variants.config import VariantConfig, parts
-from nemo_tiedlora.variants.init import Init
+from nemo_tiedlora.variants.config import VariantConfig, check_start, parts
+from nemo_tiedlora.variants.init import ZEROS, Init, constant
 
 #: Paper, table 1: what each named configuration trains, and what it ties.
 PRESETS: dict[str, tuple[str, str]] = {
@@ -38,24 +38,32 @@ class TiedConfig(VariantConfig):
         preset: ``TL1`` to ``TL6`` (TL6 is the paper's recommendation), ``VeRA`` or ``LoRA``.
         train: parts to train, any of A, B, u, v; null takes the preset's. An untrained u or v is left out (it is 1).
         tie: which of A, B are shared by all layers; null takes the preset's.
-        init_scheme: ``paper`` (table 1; TL1, TL3 and TL4 then change the model before the first step) or
-            ``zero_delta`` (a trained part starts at 0, so that training starts from the base model exactly).
+        init_scheme: ``paper`` (table 1; TL1, TL3 and TL4 then change the model before the first step);
+            ``zero_delta`` (a trained part starts at 0, so that training starts from the base model exactly); or
+            ``authors``: as ``paper``, with the standard deviation of their research branch, which is 1 whatever the
+            shape. At width 512 and rank 8, ‖ΔW x‖ of TL1 and TL3 is then 139 times ‖W x‖, and not 2, before the first
+            step, and an update changes ΔW about √(in · rank) times as much.
+        init_u: what a trained u starts at: 1 in the paper; VeRA's (arXiv:2310.11454) and Hugging Face's start at 0.1.
     """
 
     preset: str = "TL6"
     train: list[str] | None = None
     tie: list[str] | None = None
     init_scheme: str = "paper"
+    init_u: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
         check_choice("preset", self.preset, PRESETS)
-        check_choice("init_scheme", self.init_scheme, ("paper", "zero_delta"))
+        check_choice("init_scheme", self.init_scheme, ("paper", "zero_delta", "authors"))
         preset_train, preset_tie = PRESETS[self.preset]
         self.train = parts("train", preset_train if self.train is None else self.train, PARTS)
         self.tie = parts("tie", preset_tie if self.tie is None else self.tie, ("A", "B"))
         if not self.train:
             raise UsageError("train", self.train, f"nothing would be trained; name some of {', '.join(PARTS)}")
+        check_start("init_u", self.init_u, self.train)
+        if self.init_u != 1 and self.init_scheme == "zero_delta" and self.train == ["u"]:
+            raise UsageError("init_u", self.init_u, "zero_delta starts u at 0 here: nothing else is trained")
 
 
 class Tied(Variant):
@@ -71,20 +79,19 @@ class Tied(Variant):
         The papers start from ΔW = 0 by v = 0 where v is trained, by B = 0 where A and B both are, and not at all
         otherwise; ``zero_delta`` closes that gap with the one trained part that can be 0.
         """
-        config, zero = self.config, Init("zeros")
+        config, trained = self.config, set(self.config.train)
+        std = 1.0 if config.init_scheme == "authors" else None
         inits = {
-            "A": Init(config.init_A, config.std_A),
-            "B": Init(config.init_B, config.std_B),
-            "u": Init("ones"),
-            "v": Init("ones"),
+            "A": Init(config.init_A, config.std_A or std),
+            "B": Init(config.init_B, config.std_B or std),
+            "u": constant(config.init_u),
         }
-        trained = set(config.train)
         if "v" in trained:
-            inits["v"] = zero
+            inits["v"] = ZEROS
         elif {"A", "B"} <= trained or (config.init_scheme == "zero_delta" and "B" in trained):
-            inits["B"] = zero
+            inits["B"] = ZEROS
         elif config.init_scheme == "zero_delta":
-            inits["A" if "A" in trained else "u"] = zero
+            inits["A" if "A" in trained else "u"] = ZEROS
         return inits
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:

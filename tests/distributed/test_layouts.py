@@ -37,6 +37,9 @@ CASES = {
     "VeRA": case("vera"),
     "ShareLoRA": case("share_lora", groups=[[1, 2]], train=["A", "B", "u", "v"]),  # on both sides of a stage boundary
     "CondLoRA": case("cond_lora", target_modules=[*SINGLE[:4], "mlp_fc1", "mlp_fc2"]),
+    "CondLoRA, the authors' orientation": case(
+        "cond_lora", steps=4, orientation="authors", target_modules=["attention_q", "attention_dense"]
+    ),
     "DynaLoRA": case("dyna_lora", period=3, inner="tied_lora", optimizer="local"),
     "TL6 with DoRA and LoRA+": case("tied_lora", steps=8, dora=True, lr_ratio=4),
     "DynaLoRA over CondLoRA, backward importance": case(
@@ -71,8 +74,8 @@ REFUSED = {"TP2 SP": ["DynaLoRA over CondLoRA, backward importance"]}
 RECOMPUTATION = ["TL6, full recomputation", "TL6, selective recomputation"]
 #: Cases left out: those, and what would show nothing new in its time.
 LEFT_OUT = {
-    "PP2": [RECOMPUTATION[1], "CondLoRA in bfloat16", "TL6 with dropout"],
-    "DP2": [*RECOMPUTATION, "TL6 with DoRA and LoRA+", "TL6 with dropout"],
+    "PP2": ["CondLoRA, the authors' orientation", RECOMPUTATION[1], "CondLoRA in bfloat16", "TL6 with dropout"],
+    "DP2": ["CondLoRA, the authors' orientation", *RECOMPUTATION, "TL6 with DoRA and LoRA+", "TL6 with dropout"],
     "TP2 SP": [*RECOMPUTATION, "CondLoRA in bfloat16", *REFUSED["TP2 SP"]],
     "TP2 PP2": [
         *RECOMPUTATION, "CondLoRA in bfloat16", "TL6 with DoRA and LoRA+", "TL6 with dropout",
@@ -82,7 +85,8 @@ LEFT_OUT = {
 #: Of the others, those that `make test` runs: every layout, every case, and what each cuts or sums in a way of its own.
 QUICK = {
     "TP2": [
-        "LoRA", "TL6", "CondLoRA", "TL6 with DoRA and LoRA+", "DynaLoRA over CondLoRA, backward importance",
+        "LoRA", "TL6", "CondLoRA", "CondLoRA, the authors' orientation", "TL6 with DoRA and LoRA+",
+        "DynaLoRA over CondLoRA, backward importance",
         *RECOMPUTATION, "TL6 with dropout",
     ],
     "PP2": ["VeRA", "ShareLoRA", "DynaLoRA", "TL6, distributed optimizer"],
@@ -135,9 +139,12 @@ def trained(request, files, tmp_path_factory):
     return train
 
 
-def mine(whole, key, rank, ranks):
-    """What a tensor rank holds, by the layout of Megatron's own weights, written down once more."""
-    target, part = key.split(".")[0], key.split(".")[-1]
+def mine(whole, key, rank, ranks, turned=False):
+    """What a tensor rank holds, by the layout of Megatron's own weights, written down once more.
+
+    Under the authors' ``turned`` orientation θ_A runs over what θ_B does.
+    """
+    target, part = key.split(".")[0], key.split(".")[-1].replace("theta_A", "theta_B" if turned else "theta_A")
     column = target not in ("attention_dense", "mlp_fc2")
     axis = {
         ("B", True): 0, ("v", True): 0, ("m", True): 0, ("theta_A", True): 0, ("A", False): 1, ("theta_B", False): 0,
@@ -166,7 +173,7 @@ def test_every_layout_trains_the_same_model(trained, layout, name):
     for rank, record in enumerate(ranks):
         held |= set(record["tensors"])
         for key, tensor in record["tensors"].items():
-            expected = mine(reference["tensors"][key], key, rank % tensor_ranks, tensor_ranks)
+            expected = mine(reference["tensors"][key], key, rank % tensor_ranks, tensor_ranks, "orientation" in name)
             torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
         if "history" in reference:
             assert record["history"]["active_steps"] == reference["history"]["active_steps"]
@@ -183,7 +190,7 @@ def test_what_several_ranks_hold_is_equal_to_the_bit(trained, layout, name):
     for (one, first), (other, second) in itertools.combinations(enumerate(trained(layout)[name]), 2):
         for key in set(first["tensors"]) & set(second["tensors"]):
             whole = torch.empty(first["tensors"][key].shape)
-            replicated = mine(whole, key, 0, 2).shape == whole.shape
+            replicated = mine(whole, key, 0, 2, "orientation" in name).shape == whole.shape
             if replicated or one % tensor_ranks == other % tensor_ranks:
                 assert torch.equal(first["tensors"][key], second["tensors"][key]), key
                 compared += 1

@@ -5,6 +5,7 @@ import torch
 from stack import Layers, follows, train
 
 from nemo_tiedlora import variants
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import ConditionalConfig, Site, build, count
 
 
@@ -13,10 +14,10 @@ def test_roberta_base_query_and_value_have_the_published_count():
     assert count(build(ConditionalConfig(rank=8), 12), sites).trainable == 24_576
 
 
-def randomised(groups=None, layers=3):
+def randomised(groups=None, layers=3, out=10, **settings):
     torch.manual_seed(0)
-    model = Layers(layers)
-    bank = variants.attach(model, ConditionalConfig(rank=2, alpha=3.0, groups=groups), ["qkv"])
+    model = Layers(layers, out=out)
+    bank = variants.attach(model, ConditionalConfig(rank=2, alpha=3.0, groups=groups, **settings), ["qkv"])
     with torch.no_grad():
         for tensor in bank.named_tensors().values():
             tensor += torch.randn_like(tensor)
@@ -37,6 +38,23 @@ def reference(model, named, x, groups):
 def test_forward_gradients_and_merge_follow_the_equations(groups):
     model, named = randomised(groups)
     follows(model, named, lambda x: reference(model, named, x, groups))
+
+
+def test_the_authors_orientation_is_of_the_turned_weight():
+    def turned(model, named, x):
+        for layer in model.layers:
+            W, bias = layer["qkv"].base.weight.detach(), layer["qkv"].base.bias
+            A, B = named["qkv.theta_A"].T @ W.T, W @ named["qkv.theta_B"]
+            x = torch.tanh(x @ W.T + bias + 1.5 * (x @ A.T) @ B.T)
+        return x
+
+    model, named = randomised(out=6, orientation="authors")
+    follows(model, named, lambda x: turned(model, named, x))
+
+
+def test_the_authors_orientation_is_for_square_weights():
+    with pytest.raises(UsageError, match=r"orientation='authors': is for square weights; qkv has shape \(10, 6\)"):
+        randomised(orientation="authors")
 
 
 def test_micro_batches_reuse_the_factors_and_their_gradients_add_up():

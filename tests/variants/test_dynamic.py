@@ -164,17 +164,39 @@ def test_forward_importance_is_the_running_sum_of_output_norms(norm):
 
 @pytest.mark.parametrize("norm", [1, 2])
 def test_backward_importance_is_the_running_sum_of_gradient_norms(norm):
-    model, bank, optimizer, _ = dynamic(importance="backward", active=2, norm=norm, period=100)
-    expected = numpy.zeros(6)
-    for number in range(3):
+    model, bank, optimizer, _ = dynamic(importance="backward", active=2, norm=norm, period=100, scoring_steps=2)
+    expected, last = numpy.full(6, 1e-6), numpy.zeros(6)
+    for number in range(5):
+        assert len(bank.variant.active) == (6 if number < 2 else 2)
         step(model, optimizer, number)
         for index in range(6):
             grads = [bank.named_tensors()[f"qkv.{index}.{part}"].grad for part in "AB"]
             if grads[0] is not None:
                 flat = numpy.concatenate([grad.numpy().ravel() for grad in grads])
-                expected[index] += numpy.linalg.norm(flat, norm)
-    assert (expected > 0).sum() == 2
+                last[index] = numpy.linalg.norm(flat, norm)
+        expected += last  # an inactive module's: that of its last active step
     numpy.testing.assert_allclose(bank.variant.importance, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("allocator", ["stochastic", "discounted_stochastic"])
+def test_under_backward_importance_every_module_has_its_turn(allocator):
+    model, bank, optimizer, _ = dynamic(importance="backward", allocator=allocator, active=2, period=1)
+    step(model, optimizer)
+    turns = set()
+    for number in range(1, 40):
+        turns |= bank.variant.active
+        step(model, optimizer, number)
+    assert turns == set(bank.variant.modules)
+
+
+@pytest.mark.parametrize("settings", [{"allocator": "topk", "active": 2}, {"allocator": "threshold", "threshold": 0.3}])
+def test_under_backward_importance_the_choice_of_the_most_important_can_change(settings):
+    model, bank, optimizer, _ = dynamic(lr=3e-2, importance="backward", period=1, **settings)
+    choices = set()
+    for _ in range(80):
+        step(model, optimizer)
+        choices.add(bank.variant.active)
+    assert len(choices) > 1
 
 
 def test_validation_does_not_count():
@@ -295,6 +317,9 @@ def test_a_resumed_run_ends_as_an_undisturbed_one():
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"period": 0}, "period=0"),
         ({"norm": 3}, "norm=3"),
+        ({"scoring_steps": 0, "importance": "backward"}, "scoring_steps=0: must be 1 to the period, 50"),
+        ({"scoring_steps": 51, "importance": "backward"}, "scoring_steps=51: must be 1 to the period, 50"),
+        ({"scoring_steps": 2}, "scoring_steps=2: goes with importance: backward"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

@@ -119,6 +119,38 @@ def test_the_zero_delta_start_never_changes_the_model_and_can_learn(train):
     assert any(t.grad is not None and t.grad.abs().max() > 0 for t in bank.named_tensors().values())
 
 
+#: ‖ΔW x‖ / ‖W x‖ before the first step at width 512, W drawn with a standard deviation of 0.02.
+PERTURBATION = {"paper": {2: 2.2, 8: 2.2, 32: 2.2, 128: 2.2}, "authors": {2: 74, 8: 139, 32: 273, 128: 566}}
+
+
+@pytest.mark.parametrize("preset", ["TL1", "TL3"])
+@pytest.mark.parametrize(("scheme", "rank"), [(scheme, rank) for scheme in PERTURBATION for rank in (2, 8, 32, 128)])
+def test_the_authors_start_perturbs_more_the_larger_the_rank(scheme, rank, preset):
+    torch.manual_seed(0)
+    model = Layers(1, 512, 512, torch.float32)
+    linear, x = model.layers[0]["qkv"], torch.randn(64, 512)
+    torch.nn.init.normal_(linear.weight, std=0.02)
+    torch.nn.init.zeros_(linear.bias)
+    before = linear(x)
+    variants.attach(model, TiedConfig(preset=preset, rank=rank, init_scheme=scheme), ["qkv"])
+    change = model.layers[0]["qkv"](x) - before
+    assert (change.norm() / before.norm()).item() == pytest.approx(PERTURBATION[scheme][rank], rel=0.1)
+
+
+@pytest.mark.parametrize("preset", ["TL6", "TL2", "VeRA", "LoRA", "TL5"])
+def test_otherwise_the_authors_start_is_the_papers(preset):
+    for site in (Site("qkv", 0, 6, 10), Site("qkv", 1, 6, 10)):
+        specs = build(TiedConfig(preset=preset, rank=2, init_scheme="authors"), 2).tensors(site)
+        paper = build(TiedConfig(preset=preset, rank=2, std_A=1.0, std_B=1.0), 2).tensors(site)
+        assert specs == paper
+
+
+def test_u_starts_where_it_is_told():
+    model = Layers(dtype=torch.float32)
+    named = variants.attach(model, TiedConfig(preset="VeRA", rank=2, init_u=0.1), ["qkv"]).named_tensors()
+    assert all((tensor == 0.1).all() for key, tensor in named.items() if key.endswith(".u"))
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_training_lowers_the_loss_and_leaves_frozen_tensors_bit_identical(preset):
     torch.manual_seed(0)
@@ -220,6 +252,10 @@ def test_dropout_acts_in_training_only():
         ({"init_A": "orthogonal"}, "init_A='orthogonal'"),
         ({"std_A": 0.0}, "std_A=0.0"),
         ({"ranc": 8}, "ranc=8: unknown setting; did you mean 'rank'?"),
+        ({"init_u": 0}, "init_u=0: must be a finite number other than 0"),
+        ({"init_u": float("nan")}, "init_u=nan"),
+        ({"init_u": 0.1, "preset": "TL5"}, "init_u=0.1: u is not trained, but A, B"),
+        ({"init_u": 0.1, "train": ["u"], "init_scheme": "zero_delta"}, "zero_delta starts u at 0 here"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
