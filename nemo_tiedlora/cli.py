@@ -141,7 +141,8 @@ def inspect(
 def groups(
     base: Annotated[Path, typer.Option(help="Base model (.nemo).")],
     data: Annotated[Path, typer.Option(help="Calibration text: JSONL or plain text, one sample per line.")],
-    samples: Annotated[int, typer.Option(help="Texts to use.", min=1)] = 256,
+    samples: Annotated[int, typer.Option(help="Texts to use, drawn from all.", min=1)] = 256,
+    seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 1234,
     field: Annotated[str, typer.Option(help="Field of the JSONL rows.")] = "text",
     length: Annotated[int, typer.Option(help="Tokens of a text to use.", min=1)] = 512,
     threshold: Annotated[float, typer.Option(help="Least similarity of layers that share.")] = 0.85,
@@ -173,7 +174,7 @@ def groups(
     if out.suffix != ".json":
         raise UsageError("out", str(out), "must end in .json; the heat map takes the same name with .png")
     check_output(out.parent, "out")
-    texts = calibrate.read_texts(data, samples, field)
+    texts = calibrate.read_texts(data, samples, field, seed)
     expansion = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
     settings = {"rank": rank, "target_modules": targets.split(","), "rank_expansion": expansion}
     sizes(SharedConfig(groups=[], **settings), model_config)  # refuses bad settings before the base is loaded
@@ -192,6 +193,7 @@ def groups(
             "grouping": grouping,
             "data": str(data),
             "samples": len(texts),
+            "seed": seed,
             "length": length,
         },
         "base_sha256": sha256_of(base),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from nemo_tiedlora.analysis.layers import similarity_matrix
@@ -27,7 +28,8 @@ class Calibration:
     Args:
         data: calibration text, JSONL or one text per line.
         field: field of the JSONL rows.
-        samples: texts to use.
+        samples: texts to use, drawn from all.
+        seed: of the draw.
         length: tokens of a text to use.
         threshold: least similarity of layers that share.
         similarity: ``angular`` or ``cosine``.
@@ -40,6 +42,7 @@ class Calibration:
     data: str
     field: str = "text"
     samples: int = 256
+    seed: int = 1234
     length: int = 512
     threshold: float = 0.85
     similarity: str = "angular"
@@ -49,9 +52,9 @@ class Calibration:
         check_choice("similarity", self.similarity, ("angular", "cosine"))
         check_choice("grouping", self.grouping, GROUPINGS)
         check_number("threshold", self.threshold)
-        for name in ("samples", "length"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise UsageError(name, getattr(self, name), "must be a whole number > 0")
+        for name, least in (("samples", 1), ("length", 1), ("seed", 0)):
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise UsageError(name, getattr(self, name), f"must be a whole number from {least}")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Calibration":
@@ -94,20 +97,35 @@ def groups_file(calibration: Calibration, base: Path, path: Path) -> Path:
 _RENDEZVOUS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 
-def read_texts(path: str | Path, samples: int, field: str = "text") -> list[str]:
-    """The first ``samples`` texts of a JSONL file (its ``field``) or of a plain text file (one per non-empty line).
+def read_texts(path: str | Path, samples: int, field: str = "text", seed: int = 1234) -> list[str]:
+    """``samples`` texts, drawn from all and in their order; all of them if there are no more.
+
+    Args:
+        path: JSONL, whose ``field`` is the text; or plain text, one per non-empty line.
+        seed: of the draw.
 
     Raises:
         UsageError: no such file, nothing in it, or a row without the field.
     """
-    path = Path(path)
+    drawn: dict[int, str] = {}
+    random = Random(seed)
+    for number, text in enumerate(_texts(Path(path), field)):
+        if number >= samples:  # reservoir sampling: every text so far stays with the same probability
+            place = random.randrange(number + 1)
+            if place >= samples:
+                continue
+            del drawn[list(drawn)[place]]
+        drawn[number] = text
+    if not drawn:
+        raise UsageError("data", str(path), "there is no text in it")
+    return list(drawn.values())
+
+
+def _texts(path: Path, field: str) -> Iterator[str]:
     if not path.is_file():
         raise UsageError("data", str(path), "no such file")
-    texts: list[str] = []
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            if len(texts) == samples:
-                break
             if path.suffix in (".jsonl", ".json"):
                 try:
                     row = json.loads(line)
@@ -118,10 +136,7 @@ def read_texts(path: str | Path, samples: int, field: str = "text") -> list[str]
                     raise UsageError("field", field, f"line {number} of {path} has no such text; {way_out}")
                 line = row[field]
             if line.strip():
-                texts.append(line.strip())
-    if not texts:
-        raise UsageError("data", str(path), "there is no text in it")
-    return texts
+                yield line.strip()
 
 
 def layer_outputs(model, texts: Sequence[str], length: int) -> Iterator:
