@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         register,
         register_folder,
         register_variant,
+        register_variants,
         spec,
         variant,
     )
@@ -37,6 +38,7 @@ _HOMES = {
         "register",
         "register_folder",
         "register_variant",
+        "register_variants",
         "spec",
         "variant",
     ),
@@ -58,6 +60,7 @@ __all__ = [
     "register",
     "register_folder",
     "register_variant",
+    "register_variants",
     "spec",
     "variant",
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from benchmark_suite.report.command import report
-from benchmark_suite.runner.command import DataRoot, TasksPath, run, sweep
+from benchmark_suite.runner.command import DataRoot, TasksPath, VariantsPath, run, sweep
 from nemo_tiedlora import console
 from nemo_tiedlora.console import AsJson
 
@@ -42,12 +42,13 @@ def list_all(
     kind: Annotated[Kind, typer.Argument(help="tasks or variants.")] = Kind.tasks,
     group: Annotated[str | None, typer.Option(help="Only the tasks of this group.")] = None,
     tasks_path: TasksPath = None,
+    variants_path: VariantsPath = None,
     as_json: AsJson = False,
 ) -> None:
     """Tasks with their primary metric and groups, or variants with their scheme."""
     from benchmark_suite import registry
 
-    _register(tasks_path)
+    _register(tasks_path, variants_path)
     if kind == Kind.tasks:
         specs = [registry.spec(id) for id in registry.list_tasks(group)]
         lines = [(each.id, each.primary, ",".join(each.groups), each.description) for each in specs]
@@ -67,12 +68,13 @@ def show(
     id: Annotated[str, typer.Argument(help="A task or a variant.")],
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
+    variants_path: VariantsPath = None,
     as_json: AsJson = False,
 ) -> None:
     """A task or variant in full; and an example as the model sees it, if the data are at hand."""
     from benchmark_suite import declared, registry
 
-    _register(tasks_path)
+    _register(tasks_path, variants_path)
     if id in registry.list_variants():
         facts = registry.variant(id).to_dict()
     else:
@@ -86,8 +88,10 @@ def show(
     print(plain if as_json else declared.text(json.loads(plain)), end="\n" if as_json else "")
 
 
-def _register(folders: list[Path] | None) -> None:
-    from benchmark_suite.registry import register_folder
+def _register(tasks: list[Path] | None, variants: list[Path] | None) -> None:
+    from benchmark_suite.registry import register_folder, register_variants
 
-    for folder in folders or []:
+    for folder in tasks or []:
         register_folder(folder)
+    for folder in variants or []:
+        register_variants(folder)

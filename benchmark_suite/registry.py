@@ -88,6 +88,25 @@ def register_variant(spec: VariantSpec) -> None:
     _variants().add(spec.name, spec)
 
 
+def register_variants(path: str | Path) -> list[str]:
+    """Add the variants of all YAML files in a folder; their names. Imports torch.
+
+    Raises:
+        UsageError: no such folder, nothing in it, or a file that is not a valid variant; nothing is added then.
+    """
+    files = sorted(Path(path).glob("*.yaml"))
+    if not files:
+        raise UsageError("variants_path", str(path), "no such folder, or no .yaml file in it")
+    together = Registry("variant")
+    together.update(_variants())
+    found = [VariantSpec.from_dict(read(file)) for file in files]
+    for each in found:
+        each.check()
+        together.add(each.name, each)
+    _variants().update(together)
+    return [each.name for each in found]
+
+
 def spec(id: str) -> TaskSpec:
     """The task of this id.
 

@@ -5,15 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmark_suite.declared import build, check_list, check_rates, check_text, plain
-from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.own_methods import OF_YOUR_OWN
 
-#: Peft scheme → the section of its settings under model.peft, and its setting for what a rank is to LoRA.
-SCHEMES: dict[str, tuple[str | None, str | None]] = {
-    "tied_lora": ("tied_lora_tuning", "rank"),
-    "vera": ("vera_tuning", "rank"),
-    "share_lora": ("share_lora_tuning", "rank"),
-    "cond_lora": ("cond_lora_tuning", "rank"),
-    "dyna_lora": ("dyna_lora_tuning", "rank"),
+#: Baselines, whose settings NeMo checks: scheme → the section of its settings under model.peft, and its setting for
+#: what a rank is to LoRA.
+STOCK: dict[str, tuple[str | None, str | None]] = {
     "lora": ("lora_tuning", "adapter_dim"),
     "adapter": ("adapter_tuning", "adapter_dim"),
     "parallel_adapter": ("adapter_tuning", "adapter_dim"),
@@ -22,8 +19,6 @@ SCHEMES: dict[str, tuple[str | None, str | None]] = {
     "selective": ("selective_tuning", None),
     "none": (None, None),
 }
-#: Baselines, whose settings NeMo checks.
-STOCK = ("lora", "adapter", "parallel_adapter", "ia3", "ptuning", "selective", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +28,7 @@ class VariantSpec:
     Args:
         name: as in tables.
         description: one line, for people.
-        scheme: ``model.peft.peft_scheme``.
+        scheme: ``model.peft.peft_scheme``: a method of the plugin, which ``check`` looks for, or one of ``STOCK``.
         settings: of the scheme, beside its rank.
         ranks: ranks to compare; of p-tuning, numbers of virtual tokens. Empty where there is nothing of the kind.
         lr: learning rates to choose from where a task names none for this variant; empty: the task's own.
@@ -54,7 +49,7 @@ class VariantSpec:
     def __post_init__(self):
         check_text("name", self.name)
         check_text("description", self.description)
-        check_choice("scheme", self.scheme, SCHEMES)
+        check_text("scheme", self.scheme)
         if not isinstance(self.settings, dict):
             raise UsageError("settings", self.settings, "write a mapping, such as {preset: TL6}")
         check_list("ranks", self.ranks, int, "whole numbers", empty=True)
@@ -72,12 +67,12 @@ class VariantSpec:
     @property
     def section(self) -> str | None:
         """The section of the settings under ``model.peft``; None for full fine-tuning."""
-        return SCHEMES[self.scheme][0]
+        return STOCK[self.scheme][0] if self.scheme in STOCK else f"{self.scheme}_tuning"
 
     @property
     def rank_setting(self) -> str | None:
         """The setting that a rank goes to."""
-        return SCHEMES[self.scheme][1]
+        return STOCK[self.scheme][1] if self.scheme in STOCK else "rank"
 
     def settings_at(self, rank: int | None = None) -> dict[str, Any]:
         """The scheme's settings with a rank, by default the first of ``ranks``.
@@ -98,15 +93,19 @@ class VariantSpec:
         return [f"model.peft.peft_scheme={self.scheme}", *values]
 
     def check(self) -> None:
-        """Have the plugin check the settings at every rank. Imports torch.
+        """Have the plugin check the scheme, and its settings at every rank. Imports torch.
 
         Raises:
-            UsageError: what the method's config refuses.
+            UsageError: an unknown scheme, or what the method's config refuses.
         """
         if self.scheme in STOCK:
             return
-        from nemo_tiedlora.variants import config_for
+        from nemo_tiedlora.variants import METHODS, config_for
 
+        if self.scheme not in METHODS:
+            raise UsageError("scheme", self.scheme, f"{closest(self.scheme, (*METHODS, *STOCK))}; {OF_YOUR_OWN}").under(
+                self.name
+            )
         for rank in self.ranks:
             try:
                 config_for(self.scheme, self.settings_at(rank))

@@ -42,8 +42,20 @@ def options(
 
 
 @app.command()
+def methods(as_json: AsJson = False) -> None:
+    """Every method by name, with its settings in JSON."""
+    from nemo_tiedlora.variants import METHODS
+
+    if as_json:
+        facts = {name: {"summary": method.summary, "settings": method.settings()} for name, method in METHODS.items()}
+    else:
+        facts = {name: method.summary for name, method in METHODS.items()}
+    show(facts, as_json)
+
+
+@app.command()
 def params(
-    scheme: Annotated[str, typer.Option(help="tied_lora, vera, share_lora, cond_lora or dyna_lora.")] = "tied_lora",
+    scheme: Annotated[str, typer.Option(help="Method; tiedlora methods lists them.")] = "tied_lora",
     rank: Annotated[int, typer.Option(help="r.")] = 8,
     preset: Annotated[str | None, typer.Option(help="tied_lora: TL1 to TL6, VeRA or LoRA.")] = None,
     groups: Annotated[
@@ -120,16 +132,16 @@ def inspect(
 
     from nemo_tiedlora.nemo.inputs import SHAPE_FIELDS, STOCK_SCHEMES, saved_config
     from nemo_tiedlora.nemo.sizes import sizes
-    from nemo_tiedlora.variants import SCHEMES, config_for
+    from nemo_tiedlora.variants import METHODS, config_for
 
     saved = saved_config(adapter, "adapter")
     scheme = (saved.get("peft") or {}).get("peft_scheme")
     if scheme in (None, "none"):
         raise UsageError("adapter", str(adapter), "a whole model, not an adapter")
-    section = saved.peft.get(f"{scheme}_tuning" if scheme in SCHEMES else STOCK_SCHEMES.get(scheme, ""))
+    section = saved.peft.get(f"{scheme}_tuning" if scheme in METHODS else STOCK_SCHEMES.get(scheme, ""))
     settings = OmegaConf.to_container(section) if section else {}
     facts = {"scheme": scheme, **settings}
-    if scheme in SCHEMES:
+    if scheme in METHODS:
         facts |= asdict(sizes(config_for(scheme, settings), saved))
     files = adapter.iterdir() if adapter.is_dir() else [adapter]
     facts["file_bytes"] = sum(file.stat().st_size for file in files)

@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.own_methods import take
 from nemo_tiedlora.ranks import is_first_rank
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -43,11 +44,15 @@ def note(text: str) -> None:
 
 
 def run(app: typer.Typer, name: str | None = None) -> None:
-    """Run a command, in UTF-8 whatever the locale: a mistake in the input ends in one line and exit code 2."""
+    """Run a command, in UTF-8 whatever the locale: a mistake in the input ends in one line and exit code 2.
+
+    Every command takes ``--methods FILE.py``, anywhere on its command line.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")
+    app.info.epilog = "--methods FILE.py, anywhere on the command line, adds the methods of a file of your own."
     try:
-        app(prog_name=name)
+        app(take(sys.argv[1:]), prog_name=name)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,9 @@ DataRoot = Annotated[
 TasksPath = Annotated[
     list[Path] | None, typer.Option("--tasks-path", help="Folder with tasks of your own (YAML); repeatable.")
 ]
+VariantsPath = Annotated[
+    list[Path] | None, typer.Option("--variants-path", help="Folder with variants of your own (YAML); repeatable.")
+]
 Results = Annotated[Path, typer.Option("--results", help="Folder for results; what is done in it is not done again.")]
 Limit = Annotated[int | None, typer.Option(help="Examples of each split, at most.", min=1)]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps, at most, in place of the task's.", min=1)]
@@ -46,6 +49,7 @@ def run(
     base: Base = None,
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
+    variants_path: VariantsPath = None,
     limit: Limit = None,
     steps: Steps = None,
     max_seq_length: Length = None,
@@ -57,8 +61,8 @@ def run(
     """Train one variant on one task and evaluate it."""
     ranks, rates = ([rank] if rank else None), ([lr] if lr else None)
     _sweep(
-        [task], [variant], ranks, [seed], rates, base, data_root, tasks_path, limit, steps, max_seq_length,
-        precision, None, results, retry_failed, as_json,
+        [task], [variant], ranks, [seed], rates, base, data_root, tasks_path, variants_path, limit, steps,
+        max_seq_length, precision, None, results, retry_failed, as_json,
     )  # fmt: skip
 
 
@@ -71,6 +75,7 @@ def sweep(
     base: Base = None,
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
+    variants_path: VariantsPath = None,
     limit: Limit = None,
     steps: Steps = None,
     max_seq_length: Length = None,
@@ -83,13 +88,13 @@ def sweep(
     """Cross tasks with variants. Stopped at any moment, the same command goes on where it was."""
     _sweep(
         tasks.split(","), variants.split(","), ranks and _numbers("ranks", ranks, int), _numbers("seeds", seeds, int),
-        lrs and _numbers("lrs", lrs, float), base, data_root, tasks_path, limit, steps, max_seq_length,
+        lrs and _numbers("lrs", lrs, float), base, data_root, tasks_path, variants_path, limit, steps, max_seq_length,
         precision, part, results, retry_failed, as_json,
     )  # fmt: skip
 
 
 def _sweep(
-    tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, limit, steps, max_seq_length,
+    tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, variants_path, limit, steps, max_seq_length,
     precision, part, results, retry_failed, as_json,
 ):  # fmt: skip
     from benchmark_suite.runner.guard import survive
@@ -106,6 +111,8 @@ def _sweep(
     wait_passively()
     for folder in tasks_path or ():
         registry.register_folder(folder)
+    for folder in variants_path or ():
+        registry.register_variants(folder)
     chosen = sweeping.variants_named(variants)
     with_data = sweeping.tasks_named(tasks, data_root, limit, steps=steps, max_seq_length=max_seq_length)
     if not base:

@@ -17,7 +17,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import sha256_of
 from nemo_tiedlora.nemo.inputs import nemo_config
 from nemo_tiedlora.nemo.sizes import check_fit
-from nemo_tiedlora.variants import SCHEMES, config_for
+from nemo_tiedlora.variants import METHODS, config_for
 
 
 def matrix(
@@ -58,7 +58,7 @@ def matrix(
 
 
 def _check_fit(variant: VariantSpec, rank: int | None, model: DictConfig) -> None:
-    if variant.scheme in SCHEMES:
+    if variant.scheme in METHODS:
         try:
             check_fit(config_for(variant.scheme, variant.settings_at(rank)), model)
         except UsageError as error:

@@ -13,7 +13,7 @@ from nemo_tiedlora.checkpoint.model_config import MOST_LAYERS, MOST_SIZE
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, TARGETS, expand
-from nemo_tiedlora.variants import Site, TensorSpec, Variant, VariantConfig, build, config_for
+from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.frozen import check
 
 #: Packages whose versions a saved adapter records.
@@ -53,11 +53,11 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A method on a base: everything about an adapter but its numbers.
+class Blueprint:
+    """A method with its settings, on a base: everything about an adapter but its numbers.
 
     Args:
-        scheme: name of the method, a key of ``variants.SCHEMES``.
+        scheme: name of the method, a key of ``variants.METHODS``.
         settings: all of the method's settings, those that were decided later (groups, rank) included.
         base: what it is for.
 
@@ -76,6 +76,11 @@ class Method:
                 raise UsageError("groups", section["groups"], "an adapter holds its groups as lists")
         return config_for(self.scheme, self.settings)
 
+    @property
+    def version(self) -> int:
+        """Of the method, as it is installed here."""
+        return METHODS.of(self.scheme, "method").version
+
     @cached_property
     def shape(self) -> DictConfig:
         """The base's shape, as the fields of a NeMo model config."""
@@ -83,9 +88,11 @@ class Method:
 
     @cached_property
     def variant(self) -> Variant:
-        """The source of factors."""
+        """The source of factors, told of all layers."""
         _check_shape(self.base.shape)
-        return build(self.config, self.shape.num_layers)
+        variant = build(self.config, self.shape.num_layers)
+        variant.start(self.sites)
+        return variant
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -117,12 +124,12 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Adapter(Method):
+class Adapter(Blueprint):
     """A trained adapter.
 
     Args:
-        tensors: whole tensors by logical key, e.g. ``attention_qkv.3.A``: all trained ones; frozen random ones may be
-            there too, and are drawn again from the seed if not.
+        tensors: whole tensors by logical key, e.g. ``attention_qkv.3.A``: all trained and computed ones; frozen random
+            ones may be there too, and are drawn again from the seed if not.
         versions: of the packages that made it.
         model_config: the training model's NeMo config as YAML, for NeMo's scripts; only kept in ``.nemo`` files.
 
@@ -136,7 +143,7 @@ class Adapter(Method):
 
     def __post_init__(self):
         for key, (spec, _) in self.specs.items():
-            if spec.trained and key not in self.tensors:
+            if spec.stored and key not in self.tensors:
                 raise UsageError("adapter", self.scheme, f"the tensor {key} is missing")
         for key, tensor in self.tensors.items():
             if key not in self.shapes:
@@ -147,8 +154,8 @@ class Adapter(Method):
             if not tensor.is_floating_point():
                 raise UsageError("adapter", self.scheme, f"the tensor {key} is of type {tensor.dtype}")
 
-    def frozen(self) -> dict[str, Tensor]:
-        """The frozen tensors by key, in float32: drawn again from the seed where they are not stored.
+    def drawn(self) -> dict[str, Tensor]:
+        """The frozen random tensors by key, in float32 or int32: drawn again from the seed where they are not stored.
 
         Raises:
             UsageError: one is not what the adapter was trained against.
@@ -156,7 +163,7 @@ class Adapter(Method):
         expected, variant = self.config.checksums or {}, self.variant
         tensors = {}
         for key, (spec, _) in self.specs.items():
-            if spec.trained:
+            if spec.stored:
                 continue
             if key in self.tensors:
                 tensors[key] = self.tensors[key].float()
@@ -187,9 +194,8 @@ def paths_of(config: VariantConfig) -> list[str]:
 def settings_of(config: VariantConfig, variant: Variant, checksums: dict[str, str]) -> dict[str, Any]:
     """All settings of a method as plain data, with what was decided, the checksums of frozen tensors and the rule they
     were drawn by; those that are null are left out, and ``store_frozen`` where there is nothing it says."""
-    drawn = {"checksums": checksums or None, "drawing_rule": config.drawing_rule if checksums else None}
-    given = asdict(config) | drawn | {"store_frozen": config.store_frozen or None}
-    return _said(given | variant.decided())
+    left_out = {"scheme": None, "store_frozen": config.store_frozen or None}
+    return _said(asdict(config) | left_out | {"checksums": checksums or None} | variant.decided())
 
 
 def _said(values: dict[str, Any]) -> dict[str, Any]:

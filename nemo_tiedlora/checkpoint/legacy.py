@@ -20,7 +20,7 @@ from nemo_tiedlora.checkpoint.model_config import read_model_config
 from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand
-from nemo_tiedlora.variants import SCHEMES, build, config_for
+from nemo_tiedlora.variants import METHODS, build, config_for
 
 #: NeMo's name of an adapter, and its target.
 ADAPTERS = {
@@ -81,7 +81,7 @@ def open_adapter(path: Path, field: str = "adapter") -> tuple[DictConfig, dict[t
     with opened(Path(path), field) as archive:
         saved = read_model_config(archive, whole=True)
         scheme = (saved.get("peft") or {}).get("peft_scheme")
-        if scheme in SCHEMES:  # several at once have no other form, and are read as safely
+        if scheme in METHODS:  # several at once have no other form, and are read as safely
             way_out = f"without the {CONFIG} that they are saved with; take the file as it was saved, or train it again"
             raise archive.error(f"of scheme {scheme}, {way_out}")
         if not scheme or scheme == "none":

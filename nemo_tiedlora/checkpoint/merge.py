@@ -14,8 +14,7 @@ from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.inputs import check_shape
 from nemo_tiedlora.nemo.targets import TARGETS, rows
-from nemo_tiedlora.variants import ConditionalConfig, Dynamic, Factors, FrozenWeight, Site, merged
-from nemo_tiedlora.variants.dora import Dora
+from nemo_tiedlora.variants import Factors, FrozenWeight, Site, merged
 
 #: Under this name a merged base's config lists what was merged into it, latest last.
 RECORD = "merged_adapters"
@@ -47,7 +46,7 @@ class Changes:
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter
-        self.tensors = {key: tensor.float() for key, tensor in adapter.tensors.items()} | adapter.frozen()
+        self.tensors = {key: tensor.float() for key, tensor in adapter.tensors.items()} | adapter.drawn()
         self.sites: dict[tuple[str, int], list[Site]] = {}
         for site in adapter.sites:
             self.sites.setdefault((TARGETS[site.target].path, site.layer), []).append(site)
@@ -108,7 +107,7 @@ def merge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[str
             raise UsageError("base", str(base), "not the base this adapter was trained on: its weights differ; "
                              "use --force to merge all the same")  # fmt: skip
         changes, rounding = Changes(loaded), Rounding()
-        undoable = not _why_final(loaded)
+        undoable = not loaded.variant.final_at_merge()
 
         def change(path: str, layer: int, weight: Tensor) -> Tensor:
             after = changes.apply(path, layer, weight)
@@ -148,7 +147,7 @@ def unmerge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[s
         UsageError: another adapter was merged, or one whose change depends on the weights it changed.
     """
     loaded, sha256 = read_with_sha256(adapter)
-    why = _why_final(loaded)
+    why = loaded.variant.final_at_merge()
     if why:
         raise UsageError("adapter", str(adapter), f"cannot be taken out: {why}; use the base itself")
     changes = Changes(loaded)
@@ -169,16 +168,6 @@ def unmerge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[s
     with open_base(out, "out", _folder(out)) as written:
         exact = written.checksums(loaded.paths) == record.get("base_checksums") if record else None
     return {"file": str(out), "scheme": loaded.scheme, "layers": len(changes.sites), "exact": exact}
-
-
-def _why_final(adapter: Adapter) -> str | None:
-    """Why what the adapter did to a weight cannot be told from the result; None if it can."""
-    variant = adapter.variant.inner if isinstance(adapter.variant, Dynamic) else adapter.variant
-    if isinstance(variant, Dora):
-        return "DoRA scaled the rows by their former lengths"
-    if isinstance(variant.config, ConditionalConfig):
-        return "CondLoRA formed it from the weights that it changed"
-    return None
 
 
 def _folder(out: Path) -> Path:

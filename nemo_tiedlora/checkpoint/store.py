@@ -1,7 +1,7 @@
 """The canonical adapter file: a folder, or the same files in a ``.nemo``.
 
 ``adapter_model.safetensors`` holds the trained tensors, ``adapter_config.json`` all the rest and the SHA-256 of
-everything. Equal adapters give equal bytes. Beside the tensors a folder holds less than 4 KB.
+everything. Equal adapters give equal bytes. Beside the tensors a folder holds less than 5 KB.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from nemo_tiedlora.checkpoint.adapter import Adapter, Base, Method
+from nemo_tiedlora.checkpoint.adapter import Adapter, Base, Blueprint
 from nemo_tiedlora.checkpoint.archive import entry, opened
 from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, check, parse
 from nemo_tiedlora.checkpoint.stack import stack, unstack
@@ -130,6 +130,8 @@ def _config(adapter: Adapter, payload: bytes, model_config: bytes | None) -> byt
         "versions": adapter.versions,
         "payload_sha256": hashlib.sha256(payload).hexdigest(),
     }
+    if adapter.version != 1:
+        content["method_version"] = adapter.version
     if model_config is not None:
         content["model_config_sha256"] = hashlib.sha256(model_config).hexdigest()
     return _dump(content | {"sha256": _sha256(content)})
@@ -171,8 +173,11 @@ def _check_digest(config: dict[str, Any], name: str, content: bytes, file: str) 
 
 def _most_bytes(config: dict[str, Any]) -> int:
     """Of the tensor file, if it fits its config."""
-    method = Method(config["method"], config["settings"], Base(**config["base"]))
-    return MOST_ITEM_BYTES * sum(map(prod, method.shapes.values())) + MOST_BYTES
+    blueprint = Blueprint(config["method"], config["settings"], Base(**config["base"]))
+    version = config.get("method_version", 1)
+    if version != blueprint.version:
+        raise ValueError(f"it is of version {version!r} of {blueprint.scheme}; here it is {blueprint.version}")
+    return MOST_ITEM_BYTES * sum(map(prod, blueprint.shapes.values())) + MOST_BYTES
 
 
 def _pending(folder: Path, sha256: str) -> Path:

@@ -5,6 +5,7 @@ Every scheme has a class and a config dataclass of its own here, ``TiedLoraAdapt
 """
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, make_dataclass
 from functools import cache
 from typing import Any
@@ -20,8 +21,9 @@ from torch.nn import functional as F
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.parallel.cut import mark, tensor_ranks
 from nemo_tiedlora.parallel.exchange import EXCHANGES
+from nemo_tiedlora.parallel.synchronise import partial, shared_gradient
 from nemo_tiedlora.parallel.weight import ShardedWeight
-from nemo_tiedlora.variants import SCHEMES, Bank, Factors, FrozenWeight, Site
+from nemo_tiedlora.variants import METHODS, Bank, Factors, FrozenWeight, Site
 
 
 class FactorAdapter(nn.Module, AdapterModuleUtil):
@@ -42,6 +44,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         super().__init__()
         self.target, self.parallel, self.dropout = target, parallel, dropout
         self.sharded = tensor_ranks()[0] > 1
+        self._shared: list[str] = []
         # NeMo switches this off, by name, while it generates.
         self.sequence_parallel = self.sharded and bool(getattr(model_parallel_config, "sequence_parallel", False))
         self.setup_adapter_strategy(adapter_mixin_strategies.ReturnResultAdapterStrategy())
@@ -69,9 +72,21 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
             return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.sequence_parallel, self.blocks)
         return FrozenWeight(self._linear.weight, self._rows)
 
+    def share_gradients_of(self, partials: Collection[str]) -> None:
+        """Of a tensor whose gradients are summed over the tensor ranks, a part that is whole on each counts once."""
+        if self.sharded:
+            self._shared = [
+                name
+                for name, spec in self._bank.variant.tensors(self.site).items()
+                if spec.key in partials and not partial(spec, self.parallel, self.sequence_parallel)
+            ]
+
     def factors(self) -> Factors:
         """This rank's part of the layer's A, B, scale and gain."""
-        return self._bank.factors(self.site, self.frozen())
+        tensors = self._bank.tensors(self.site)
+        for name in self._shared:
+            tensors[name] = shared_gradient(tensors[name])
+        return self._bank.variant.factors(self.site, tensors, self.frozen())
 
     def forward(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied.
@@ -123,5 +138,5 @@ def adapter_config(scheme: str) -> type[FactorAdapterConfig]:
     return config
 
 
-for _scheme in SCHEMES:
+for _scheme in METHODS:
     adapter_config(_scheme)

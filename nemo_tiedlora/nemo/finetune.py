@@ -29,7 +29,7 @@ from nemo_tiedlora.nemo.settings import check_outline, check_settings
 from nemo_tiedlora.nemo.sizes import lora_size, sizes
 from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.ranks import is_first_rank, launched
-from nemo_tiedlora.variants import SCHEMES, Dynamic, TiedConfig, VariantConfig, config_for
+from nemo_tiedlora.variants import METHODS, Dynamic, TiedConfig, VariantConfig, config_for
 
 #: In a run's folder: what came of it; and what decides that, where NeMo does not move it aside when a run continues.
 SUMMARY, RECORD = "summary.json", "checkpoints/run.json"
@@ -207,7 +207,7 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
 
 def _find_groups(cfg: DictConfig, folder: Path) -> None:
     """ShareLoRA: where the groups are to be found by calibration, find them, once per run."""
-    section = cfg.model.peft[f"{cfg.model.peft.peft_scheme}_tuning"] if scheme_of(cfg) in SCHEMES else {}
+    section = cfg.model.peft[f"{cfg.model.peft.peft_scheme}_tuning"] if scheme_of(cfg) in METHODS else {}
     section = section.get("settings") or section
     groups = section.get("groups")
     if isinstance(groups, DictConfig):
@@ -271,7 +271,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
         sys.exit(0)
     trainer.ckpt_path = None  # else validation would load the checkpoint that this run resumed from
     adapter = _exported(trainer, model, facts)
-    if scheme in SCHEMES:
+    if scheme in METHODS:
         trainable = sizes(_settings(cfg, scheme), base).trainable
     else:  # on this rank
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -381,7 +381,7 @@ def generate_samples(model) -> list[dict[str, str]]:
 
 def _settings(cfg: DictConfig, scheme: str) -> VariantConfig:
     """The scheme's settings; for NeMo's schemes, those of ``lora_tuning``, to compare with."""
-    if scheme in SCHEMES:
+    if scheme in METHODS:
         return config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
     lora = cfg.model.peft.lora_tuning
     return TiedConfig(

@@ -17,12 +17,12 @@ from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.optimizer_states import inner, trained
 from nemo_tiedlora.nemo.parallel_adapter import ParallelAdapterPEFTConfig
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
-from nemo_tiedlora.variants import SCHEMES, Conductor, Dynamic, param_groups
+from nemo_tiedlora.variants import METHODS, Conductor, Dynamic, param_groups
 
 
 def register_schemes() -> None:
     """Enter the schemes into NeMo (idempotent)."""
-    for scheme in SCHEMES:
+    for scheme in METHODS:
         PEFT_CONFIG_MAP.setdefault(scheme, partial(FactorPEFTConfig, scheme))
     PEFT_CONFIG_MAP.setdefault("parallel_adapter", ParallelAdapterPEFTConfig)
     for adapted in (*LOCAL.values(), *TRANSFORMER_ENGINE.values()):

@@ -12,12 +12,13 @@ from nemo_tiedlora.checkpoint.archive import opened
 from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.model_config import config_as_it_is, parse, read_model_config
 from nemo_tiedlora.checkpoint.pickles import is_trusted, with_digest
-from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
 from nemo_tiedlora.nemo.rows import check_data
 from nemo_tiedlora.nemo.sizes import check_fit
 from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
-from nemo_tiedlora.variants import SCHEMES, config_for
+from nemo_tiedlora.own_methods import OF_YOUR_OWN
+from nemo_tiedlora.variants import METHODS, config_for
 
 #: Baselines that the job runs, NeMo's own but for parallel_adapter; the key of their settings under model.peft.
 STOCK_SCHEMES = {
@@ -40,10 +41,13 @@ def check(cfg: DictConfig, base: DictConfig) -> None:
         UsageError: for the first thing that is wrong.
     """
     scheme = scheme_of(cfg)
-    check_choice("model.peft.peft_scheme", scheme, (*SCHEMES, *STOCK_SCHEMES))
+    if scheme not in METHODS and scheme not in STOCK_SCHEMES:
+        raise UsageError(
+            "model.peft.peft_scheme", scheme, f"{closest(scheme, (*METHODS, *STOCK_SCHEMES))}; {OF_YOUR_OWN}"
+        )
     if not base.get("mcore_gpt"):
         raise UsageError("model.restore_from_path", cfg.model.restore_from_path, "not a Megatron-core GPT (mcore_gpt)")
-    if scheme in SCHEMES:
+    if scheme in METHODS:
         check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)

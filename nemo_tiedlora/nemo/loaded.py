@@ -8,7 +8,7 @@ import torch
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.generate import generator
 from nemo_tiedlora.nemo.inputs import check_adapter, nemo_config
-from nemo_tiedlora.variants import SCHEMES, Factors, FrozenWeight, Site
+from nemo_tiedlora.variants import METHODS, Factors, FrozenWeight, Site
 
 
 class AdaptedLayer(NamedTuple):
@@ -21,8 +21,8 @@ class AdaptedLayer(NamedTuple):
 def check_adapted(base: Path, adapter: Path, field: str) -> None:
     """Raise ``UsageError`` unless ``adapter`` is of one of our schemes and fits ``base``; reads their configs only."""
     scheme = check_adapter(adapter, nemo_config(base, "base"), field).peft.peft_scheme
-    if scheme not in SCHEMES:
-        raise UsageError(field, str(adapter), f"of scheme {scheme}; only {', '.join(SCHEMES)} are sources of factors")
+    if scheme not in METHODS:
+        raise UsageError(field, str(adapter), f"of scheme {scheme}; only {', '.join(METHODS)} are sources of factors")
 
 
 def adapted_layers(base: Path, adapter: Path) -> dict[Site, AdaptedLayer]:

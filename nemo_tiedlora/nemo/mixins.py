@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins import MCoreAdapterModuleMixin
 
 from nemo_tiedlora.nemo.adapter import adapter_config
-from nemo_tiedlora.variants import SCHEMES
+from nemo_tiedlora.variants import METHODS
 
 
 class AdaptedLinearMixin(MCoreAdapterModuleMixin):
@@ -21,7 +21,7 @@ class AdaptedLinearMixin(MCoreAdapterModuleMixin):
     """
 
     def mcore_register_adapters(self):
-        self.set_accepted_adapter_types([adapter_config(scheme)._target_ for scheme in SCHEMES])
+        self.set_accepted_adapter_types([adapter_config(scheme)._target_ for scheme in METHODS])
 
     def add_adapter(self, name, cfg, **kwargs):
         super().add_adapter(name, cfg, **kwargs)

@@ -1,5 +1,6 @@
 """The schemes as NeMo PEFT configs."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -8,14 +9,15 @@ from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.adapter import adapter_config
+from nemo_tiedlora.nemo.adapter import FactorAdapter, adapter_config
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand, rows, shape
 from nemo_tiedlora.parallel.cut import cut, tensor_ranks
+from nemo_tiedlora.parallel.exchange import agreed
 from nemo_tiedlora.parallel.scores import Ranks
 from nemo_tiedlora.parallel.synchronise import Synchroniser, partial
-from nemo_tiedlora.variants import Bank, Dynamic, DynamicConfig, Site, Variant, VariantConfig, build, config_for
+from nemo_tiedlora.variants import Bank, Dynamic, Site, Variant, build, config_for
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,21 @@ class Adaptation:
 class FactorPEFTConfig(PEFTConfig):
     """A scheme's settings, read from ``cfg.peft.<scheme>_tuning``, as NeMo's ``add_adapter`` wants them.
 
+    Args:
+        stored: keys of tensors that will be loaded from an adapter's file.
+
     Raises:
         UsageError: a setting that the scheme refuses, or a layout that it does not support.
     """
 
-    def __init__(self, scheme: str, cfg: DictConfig):
-        self.scheme = scheme
+    def __init__(self, scheme: str, cfg: DictConfig, stored: Collection[str] = ()):
+        self.scheme, self.stored = scheme, stored
         section = cfg.peft.get(f"{scheme}_tuning") or {}
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
         self.config = config_for(scheme, self.settings)
         self.targets = expand(self.config.target_modules)
-        _check_optimizer(cfg, self.config)
         self.variant = build(self.config, cfg.num_layers)
+        _check_optimizer(cfg, self.variant)
         mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
         adapters, self.name_key_to_mcore_mixins = {}, {}
         for target in self.targets:
@@ -59,14 +64,19 @@ class FactorPEFTConfig(PEFTConfig):
     def tie_weights(self, model: NLPAdapterModelMixin) -> None:
         """Bind every layer's adapter to one bank, and record in the model's config what makes it again."""
         ranks, rank = tensor_ranks()
+        modules = sites(self.config, model.cfg)
+        self.variant.start(modules)
         bank = Bank(
             self.variant,
             cut=lambda whole, spec, site: cut(
                 whole, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), ranks, rank
             ),
             checksums=None if self.config.store_frozen else self.config.checksums,  # loaded after being drawn
+            agreed=agreed,
+            stored=self.stored,
         )
         partials: set[str] = set()
+        bound: list[FactorAdapter] = []
         for layer in model._unwrap_layers_model_list():
             for target in self.targets:
                 linear = layer.get_submodule(TARGETS[target].path)
@@ -78,8 +88,9 @@ class FactorPEFTConfig(PEFTConfig):
                     adapter.bind(bank, site, linear, rows(target, model.cfg, ranks), stacked)
                     specs = self.variant.tensors(site).values()
                     partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.sequence_parallel)}
-        modules = sites(self.config, model.cfg)
-        self.variant.start(modules)
+                    bound.append(adapter)
+        for adapter in bound:
+            adapter.share_gradients_of(partials)
         trained = {key: tensor for key, (_, tensor) in bank.trained().items()}
         synchroniser = Synchroniser({key: tensor.numel() for key, tensor in trained.items()}, partials)
         for key in synchroniser.counted_elsewhere:
@@ -88,9 +99,7 @@ class FactorPEFTConfig(PEFTConfig):
         model.__dict__.setdefault("adaptations", {})[self.scheme] = adaptation
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
-            record = {"checksums": bank.checksums, **self.variant.decided()}
-            if bank.checksums:
-                record["drawing_rule"] = self.config.drawing_rule
+            record = {"checksums": bank.checksums, "drawing_rule": self.config.drawing_rule, **self.variant.decided()}
             OmegaConf.update(model.cfg, f"peft.{self.scheme}_tuning", record, force_add=True)
 
 
@@ -103,11 +112,11 @@ def _ranks(variant: Variant, modules: list[Site], cfg: DictConfig) -> Ranks | No
     return Ranks(torch.stack([split[part] for part in variant.parts]).double())
 
 
-def _check_optimizer(cfg: DictConfig, config: VariantConfig) -> None:
+def _check_optimizer(cfg: DictConfig, variant: Variant) -> None:
     """Refuse settings that the optimizer or the layout would not follow."""
-    name = (cfg.get("optim") or {}).get("name")
+    name, config = (cfg.get("optim") or {}).get("name"), variant.config
     if name == "mcore_distributed_optim":
-        if isinstance(config, DynamicConfig):
+        if variant.changes_with_step:
             raise UsageError("model.optim.name", name, "it would move inactive modules; use adamw or fused_adam")
         if config.lr_ratio != 1:
             raise UsageError("lr_ratio", config.lr_ratio, f"{name} has one learning rate; use adamw or fused_adam")

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_tiedlora.checkpoint.adapter import installed
 from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.files import content_of, write_text
+from nemo_tiedlora.files import content_of, sha256_of, write_text
 from nemo_tiedlora.nemo.inputs import STOCK_SCHEMES
+from nemo_tiedlora.own_methods import LOADED, OPTION
 from nemo_tiedlora.ranks import launched
-from nemo_tiedlora.variants import SCHEMES
+from nemo_tiedlora.variants import METHODS
 
 #: Settings that move no number: where things go, how they are shown and read.
 FREE = re.compile(
@@ -46,7 +47,7 @@ class Record:
 
     Args:
         settings: by dotted name, all that may move a number.
-        files: SHA-256 of what is in the files that a setting names, by its name.
+        files: SHA-256 of what is in the files that a setting names, by its name; and ``--methods``.
         versions: of the packages that matter.
         processes: how many share the work.
     """
@@ -69,6 +70,8 @@ class Record:
                 files[name] = [content_of(path) for path in named]
             else:
                 settings[name] = value
+        if LOADED:
+            files[OPTION] = sorted(map(sha256_of, LOADED))
         return cls(settings, files, installed(), launched() or cfg.trainer.devices * cfg.trainer.num_nodes)
 
     @classmethod
@@ -128,7 +131,7 @@ class Record:
     def _is_cut_by(self, name: str) -> bool:
         """Whether checkpoints are cut by this setting: NeMo's own schemes have a file for each rank."""
         scheme = self.settings["model.peft.peft_scheme"]
-        return bool(re.fullmatch(r"model\.\w+_parallel(_size)?", name)) and scheme not in (*SCHEMES, "none")
+        return bool(re.fullmatch(r"model\.\w+_parallel(_size)?", name)) and scheme not in (*METHODS, "none")
 
     def _ends_anywhere(self) -> bool:
         """Whether every step is the same wherever the run ends."""
@@ -152,5 +155,5 @@ def _flat(section: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]
 
 def _is_of_another_scheme(name: str, scheme: str) -> bool:
     section = re.match(r"model\.peft\.(\w+)\.", name)
-    own = f"{scheme}_tuning" if scheme in SCHEMES else STOCK_SCHEMES.get(scheme)
+    own = f"{scheme}_tuning" if scheme in METHODS else STOCK_SCHEMES.get(scheme)
     return bool(section) and section[1] != own

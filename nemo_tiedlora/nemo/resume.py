@@ -26,12 +26,14 @@ from nemo_tiedlora.nemo.optimizer_states import inner, restore, settings_of, sta
 from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
 from nemo_tiedlora.nemo.sizes import sites
-from nemo_tiedlora.variants import count, drawing_by_torch
+from nemo_tiedlora.variants import Bank, count, drawing_by_torch
 
 #: Where the whole tensors are in a checkpoint.
 KEY = "adapters"
 #: Where the rule is, by scheme, that the frozen tensors were drawn by; they themselves are in no checkpoint.
 RULES = "drawing_rules"
+#: Where the frozen tensors are that were computed from the base: there, by scheme and key, each whole.
+COMPUTED = "computed"
 
 
 def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
@@ -40,9 +42,15 @@ def on_save_checkpoint(model, checkpoint: dict[str, Any]) -> None:
         return
     checkpoint[KEY] = {scheme: whole(model, scheme, states(model, scheme)) for scheme in model.adaptations}
     checkpoint[RULES] = {scheme: adapted.bank.variant.drawing_rule for scheme, adapted in model.adaptations.items()}
+    computed = {scheme: _computed(adapted.bank) for scheme, adapted in model.adaptations.items()}
+    checkpoint[COMPUTED] = {scheme: whole(model, scheme, values) for scheme, values in computed.items()}
     checkpoint["state_dict"], checkpoint["optimizer_states"] = {}, []
     for name in ("hyper_parameters", "hparams_name", "hparams_type"):  # no plain data, and of no use here
         checkpoint.pop(name, None)
+
+
+def _computed(bank: Bank) -> dict[str, dict[str, torch.Tensor]]:
+    return {key: {"tensor": tensor} for key, tensor in bank.kept().items() if key not in bank.trained()}
 
 
 @torch.no_grad()
@@ -67,6 +75,8 @@ def on_load_checkpoint(model, checkpoint: dict[str, Any]) -> None:
             mine[key] = {name: part(model, scheme, key, value) for name, value in saved[key].items()}
             tensor.copy_(mine[key]["tensor"])
         restore(model, scheme, mine)
+        for key, named in _computed(model.adaptations[scheme].bank).items():
+            named["tensor"].copy_(part(model, scheme, key, checkpoint[COMPUTED][scheme][key]["tensor"]))
     groups = inner(model.trainer).param_groups
     for scheduler in checkpoint["lr_schedulers"]:
         for name in ("base_lrs", "_last_lr"):  # of every group, and all alike; there may be another number here
@@ -81,6 +91,12 @@ def _check(model, checked: Checked) -> None:
         variant = adapted.bank.variant
         specs = specs_of(variant, sites(variant.config, model.cfg))
         shapes = {key: spec.shape(site, variant.rank) for key, (spec, site) in specs.items() if spec.trained}
+        computed = {key: (spec, site) for key, (spec, site) in specs.items() if spec.stored and not spec.trained}
+        saved = checked.content.get(COMPUTED, {}).get(scheme, {})
+        checked.names(f"{COMPUTED}.{scheme}", saved, computed)
+        for key, (spec, site) in computed.items():
+            checked.names(f"{COMPUTED}.{scheme}.{key}", saved[key], ["tensor"])
+            checked.tensor(f"{COMPUTED}.{scheme}.{key}", saved[key]["tensor"], spec.shape(site, variant.rank))
         mine = [settings_of(group) for group in groups if group.get("adapter", scheme) == scheme]
         checked.whole(f"{KEY}.{scheme}", checked.content[KEY][scheme], shapes, mine or [{}], dtypes)
 

@@ -35,8 +35,7 @@ def gather(model: NLPAdapterModelMixin, scheme: str | None = None, frozen: bool 
     """
     scheme = scheme or next(iter(model.adaptations))
     bank = model.adaptations[scheme].bank
-    wanted = bank.named_tensors() if frozen else bank.trained()
-    found = whole(model, scheme, {key: {"": bank.named_tensors()[key]} for key in wanted})
+    found = whole(model, scheme, {key: {"": tensor} for key, tensor in bank.kept(drawn=frozen).items()})
     stages = _all(bank.checksums, parallel_state.get_pipeline_model_parallel_group())
     checksums = {key: checksum for known in stages for key, checksum in known.items()}
     specs = _specs(model, scheme)
@@ -151,7 +150,7 @@ def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
     with open_dict(self.cfg):
         self.cfg.peft = OmegaConf.merge(self.cfg.get("peft") or {}, adapter.put_into(OmegaConf.create()).peft)
         self.cfg.peft[f"{adapter.scheme}_tuning"] = adapter.settings
-    self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg)])
+    self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg, stored=adapter.tensors)])
     load(self, adapter)
 
 

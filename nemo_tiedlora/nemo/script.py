@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nemo_tiedlora.errors import RunError, UsageError, closest
+from nemo_tiedlora.own_methods import take
 from nemo_tiedlora.platform.threads import wait_passively
 from nemo_tiedlora.ranks import is_first_rank
 
@@ -25,8 +26,12 @@ RANK_LOST = re.compile(
 )
 
 
-def register_resolvers() -> None:
-    """``${demo:x,y}``: x for the built-in task, y for own data. ``${best:metric}``: whether less or more is better."""
+def prepare_hydra() -> None:
+    """What our configs need of Hydra: resolvers, and a section for every method.
+
+    ``${demo:x,y}``: x for the built-in task, y for own data. ``${best:metric}``: whether less or more is better.
+    """
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     def demo(builtin, own, *, _root_):
@@ -34,6 +39,22 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("demo", demo, replace=True)
     OmegaConf.register_new_resolver("best", lambda metric: "min" if metric in ("loss", "wer") else "max", replace=True)
+    ConfigStore.instance().store("methods", _sections(), package="model.peft")
+
+
+def _sections() -> dict[str, dict[str, Any]]:
+    """The section of every method under ``model.peft``, with its defaults."""
+    from nemo_tiedlora.variants import METHODS
+
+    recorded = {"checksums"}  # by training, in adapter files
+    return {
+        f"{scheme}_tuning": {
+            name: "${model.seed}" if name == "seed" else value
+            for name, value in METHODS[scheme].settings().items()
+            if name not in recorded
+        }
+        for scheme in METHODS
+    }
 
 
 def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["DictConfig"], None]], Callable[[], None]]:
@@ -47,6 +68,10 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
     def decorate(job: Callable[["DictConfig"], None]) -> Callable[[], None]:
         def main() -> None:
             with _stopping_at_signals():
+                try:
+                    sys.argv[1:] = take(sys.argv[1:])
+                except UsageError as error:
+                    _exit(str(error))
                 if {"--help", "-h"} & set(sys.argv[1:]):
                     from nemo_tiedlora.nemo.script_help import help_text
 
@@ -68,7 +93,7 @@ def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: st
     from omegaconf.errors import OmegaConfBaseException
 
     wait_passively()
-    register_resolvers()
+    prepare_hydra()
     # Hydra prints its own errors over several lines and exits with 1 unless told to raise them.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     composed: list[tuple[DictConfig, bool]] = []
@@ -124,7 +149,8 @@ def _explain(error: Exception, config_path: Path, config_name: str) -> str:
     mistyped = re.search(r"Could not override '([\w.]+)'", str(error))
     if not mistyped:
         return " ".join(str(error).split())
-    section = OmegaConf.load(config_path / f"{config_name}.yaml")
+    written = OmegaConf.load(config_path / f"{config_name}.yaml")
+    section = OmegaConf.merge({"model": {"peft": _sections()}}, written) if "model" in written else written
     for name in mistyped[1].split("."):
         if not isinstance(section, DictConfig):
             return f"{mistyped[1]}: {name!r} is below a setting that has no parts"

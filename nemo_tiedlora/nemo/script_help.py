@@ -1,5 +1,6 @@
 """What ``--help`` of a Hydra script shows: the most used settings, their defaults and comments, out of its config."""
 
+import json
 import re
 import shutil
 import textwrap
@@ -8,13 +9,18 @@ from typing import NamedTuple
 
 import yaml
 
+from nemo_tiedlora.own_methods import LOADED
+
 #: What is listed, by section; an empty string stands for all that an earlier scheme does not have just like this.
 MOST_USED = {
     "model.peft": "peft_scheme restore_from_path",
+    # Every method's section: a test compares them with the registry.
     "model.peft.tied_lora_tuning": "",
     "model.peft.vera_tuning": "",
     "model.peft.share_lora_tuning": "",
     "model.peft.cond_lora_tuning": "",
+    "model.peft.lora_xs_tuning": "",
+    "model.peft.uni_lora_tuning": "",
     "model.peft.dyna_lora_tuning": "",
     "model": "restore_from_path seed global_batch_size micro_batch_size"
     " tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel",
@@ -65,9 +71,18 @@ def help_text(purpose: str, script: str, config: Path) -> str:
         if again:
             also = f"and, as above, {', '.join(again)}"
             lines += textwrap.wrap(also, width, initial_indent="  ", subsequent_indent="  ")
+    for path in LOADED:
+        from nemo_tiedlora.variants import METHODS
+
+        for method in METHODS.values():
+            if (where := f"model.peft.{method.scheme}_tuning") not in settings:
+                lines += ["", *textwrap.wrap(f"{where}: {method.summary} ({path.name})", width)]
+                for name, value in method.settings().items():
+                    lines += _shown(name, Setting(json.dumps(value), ""), width)
     lines += [
         "",
         f"All settings: {config}",
+        "--methods FILE.py adds the methods of a file of your own, with their settings.",
         "--cfg job prints them as a run would take them; --hydra-help is about Hydra.",
     ]
     return "\n".join(lines)

@@ -15,8 +15,9 @@ class Sizes:
     """Sizes of one adapter.
 
     Args:
-        trainable: parameters that get gradients.
-        stored: parameters in a saved adapter; without ``store_frozen``, frozen ones are drawn again from the seed.
+        trainable: parameters that are trained.
+        active: those that get gradients in one step, on average: fewer under DynaLoRA; null where it cannot be said.
+        stored: parameters in a saved adapter; without ``store_frozen``, frozen random ones are drawn again.
         total: trainable and frozen ones.
         percent_of_lora: share of the trainable parameters of plain LoRA on the same targets and layers, rank included.
         bytes: of the stored parameters in float32.
@@ -24,6 +25,7 @@ class Sizes:
     """
 
     trainable: int
+    active: int | None
     stored: int
     total: int
     percent_of_lora: float
@@ -61,11 +63,12 @@ def sizes(config: VariantConfig, model: DictConfig) -> Sizes:
     """
     variant = check_fit(config, model)
     counted = count(variant, sites(config, model))
-    stored = counted.trainable + (counted.frozen if config.store_frozen else 0)
+    stored = counted.trainable + counted.computed + (counted.frozen if config.store_frozen else 0)
     return Sizes(
         trainable=counted.trainable,
+        active=variant.trained_at_once(sites(config, model)),
         stored=stored,
-        total=counted.trainable + counted.frozen,
+        total=sum(counted),
         percent_of_lora=round(100 * counted.trainable / lora_size(config, model), 2),
         bytes=BYTES_PER_PARAMETER * stored,
         rank=variant.rank,

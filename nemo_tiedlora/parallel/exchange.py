@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import _gather_along_first_dim, _reduce_scatter_along_first_dim
 
 from nemo_tiedlora.ops import Exchange
+from nemo_tiedlora.parallel.device import device_of
 
 
 def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -34,6 +35,14 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 def reduce_scatter(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's block, along the first dimension, of the sum over the tensor ranks."""
     return _reduce_scatter_along_first_dim(tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+
+
+def agreed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the first of the ranks that hold the same layers has it."""
+    tensor = tensor.to(device_of(), copy=True).contiguous()
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.broadcast(tensor, torch.distributed.get_process_group_ranks(group)[0], group=group)
+    return tensor
 
 
 def nothing(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,21 @@ def partial(spec: TensorSpec, parallel: str, sequence_parallel: bool) -> bool:
     return SHARDED_AXIS[parallel] not in spec.axes and (sequence_parallel or spec.factor == beside_cut)
 
 
+class _SharedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / parallel_state.get_tensor_model_parallel_world_size()
+
+
+def shared_gradient(tensor: Tensor) -> Tensor:
+    """The tensor; of a gradient that every tensor rank has whole, each takes its share, so that their sum is right."""
+    return _SharedGradient.apply(tensor)
+
+
 class Synchroniser:
     """Sums what has to be summed of one adapter's gradients.
 

@@ -38,8 +38,7 @@ class ShardedWeight(FrozenWeight):
     def turned(self, X: Tensor) -> Tensor:
         product, (ranks, rank) = super().turned(X).T, tensor_ranks()
         if self.column:  # each rank has some rows of the whole product
-            parts = all_gather(product).view(ranks, self.blocks, -1, X.shape[1])
-            return parts.transpose(0, 1).flatten(0, 2).T
+            return self._joined(product).T
         return all_reduce(product).chunk(ranks)[rank].T
 
     def turned_gradient(self, grad: Tensor) -> Tensor:
@@ -50,6 +49,19 @@ class ShardedWeight(FrozenWeight):
         own = whole.reshape(self.blocks, ranks, -1, whole.shape[1])[:, rank].flatten(0, 1)
         product = super().turned_gradient(own.T)
         return product if self.sequence_parallel else all_reduce(product)  # else the parts are added up later
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        own = self(dtype)
+        return self._joined(own) if self.column else self._joined(own.T).T
+
+    def row_lengths(self, dtype: torch.dtype) -> Tensor:
+        own = super().row_lengths(dtype)  # of whole rows, whichever way W is cut
+        return self._joined(own[:, None])[:, 0] if self.column else own
+
+    def _joined(self, own: Tensor) -> Tensor:
+        """The whole (size, k) from every rank's own rows of it."""
+        parts = all_gather(own).view(tensor_ranks()[0], self.blocks, -1, own.shape[1])
+        return parts.transpose(0, 1).flatten(0, 2)
 
     def right(self, X: Tensor) -> Tensor:
         product = super().right(X)

@@ -9,13 +9,13 @@ from nemo_tiedlora.variants.dynamic import Dynamic, DynamicConfig
 from nemo_tiedlora.variants.frozen import checksum
 from nemo_tiedlora.variants.init import Init
 from nemo_tiedlora.variants.optimize import Conductor, param_groups
-from nemo_tiedlora.variants.registry import SCHEMES, build, config_for
+from nemo_tiedlora.variants.registry import METHODS, Method, build, config_for
 from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import PRESETS, Tied, TiedConfig
 
 __all__ = [
     "PRESETS",
-    "SCHEMES",
+    "METHODS",
     "Bank",
     "Conditional",
     "ConditionalConfig",
@@ -26,6 +26,7 @@ __all__ = [
     "Factors",
     "FrozenWeight",
     "Init",
+    "Method",
     "Shared",
     "SharedConfig",
     "Site",

@@ -58,16 +58,15 @@ def attach(model: nn.Module, config: VariantConfig, targets: Sequence[str]) -> B
             raise UsageError("targets", target, f"no linear layer has this name; {closest(target, found)}")
     model.requires_grad_(False)
     bank = Bank(build(config, max(len(found[target]) for target in targets)), checksums=config.checksums)
-    sites = []
+    adapted: dict[str, tuple[nn.Linear, Site]] = {}
     for target in targets:
         for layer, name in enumerate(found[target]):
-            if layer not in config.adapted_layers(len(found[target])):
-                continue
-            base = model.get_submodule(name)
-            site = Site(target, layer, base.in_features, base.out_features)
-            _replace(model, name, AdaptedLinear(base, bank, site, config.dropout))
-            sites.append(site)
-    bank.variant.start(sites)
+            if layer in config.adapted_layers(len(found[target])):
+                base = model.get_submodule(name)
+                adapted[name] = base, Site(target, layer, base.in_features, base.out_features)
+    bank.variant.start([site for _, site in adapted.values()])
+    for name, (base, site) in adapted.items():
+        _replace(model, name, AdaptedLinear(base, bank, site, config.dropout))
     return bank
 
 

@@ -1,13 +1,13 @@
 """The tensors of one adapter, each stored once, however many layers use it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
 
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.frozen import check, record
-from nemo_tiedlora.variants.init import ROW_NORMS
+from nemo_tiedlora.variants.init import COMPUTED
 
 #: Takes a whole tensor to the part that this process holds.
 Cut = Callable[[torch.Tensor, TensorSpec, Site], torch.Tensor]
@@ -18,20 +18,29 @@ class Bank:
 
     A shared tensor lives on the first module that asks for it; the bank remembers where. Trained tensors become
     parameters. Frozen ones become non-persistent buffers: no optimizer sees them, no checkpoint holds them, and they
-    are the same in every process because they are drawn from the seed.
+    are the same in every process because they are drawn from the seed, or else are in every adapter file.
 
     Args:
-        variant: the source of factors.
+        variant: the source of factors; it has been told of all layers (``start``).
         cut: takes a whole tensor to this process's part of it; by default all of it.
         checksums: what a saved adapter records of its frozen tensors, by key; compared as each is drawn.
+        agreed: gives all processes that hold a layer the same bits of what each computed from its weight.
+        stored: keys of tensors that will be loaded, so that they need not be computed.
 
     Attributes:
         checksums: what there is to record of each frozen tensor: its SHA-256 and its fingerprint.
     """
 
-    def __init__(self, variant: Variant, cut: Cut | None = None, checksums: dict[str, str] | None = None):
+    def __init__(
+        self,
+        variant: Variant,
+        cut: Cut | None = None,
+        checksums: dict[str, str] | None = None,
+        agreed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        stored: Collection[str] = (),
+    ):
         self.variant = variant
-        self.cut = cut
+        self.cut, self.agreed, self.stored = cut, agreed, stored
         self.expected = checksums or {}
         self.checksums: dict[str, str] = {}
         self._homes: dict[str, tuple[nn.Module, str]] = {}
@@ -47,10 +56,11 @@ class Bank:
             UsageError: the rank does not fit the layer, or a frozen tensor is not the one that was trained against.
         """
         self.variant.check(site)
-        parts = {}
-        for name, spec in self.variant.tensors(site).items():
+        parts, specs = {}, self.variant.tensors(site)
+        computed = self._computed(site, specs, weight)
+        for name, spec in specs.items():
             if spec.key not in self._homes:
-                tensor = self._create(spec, site, weight)
+                tensor = self._create(spec, site, weight, computed.get(name))
                 if spec.trained:
                     module.register_parameter(name, nn.Parameter(tensor))
                 else:
@@ -60,22 +70,42 @@ class Bank:
             parts[name] = self._homes[spec.key]
         self._parts[site] = parts
 
-    def _create(self, spec: TensorSpec, site: Site, weight: FrozenWeight) -> torch.Tensor:
+    @torch.no_grad()
+    def _computed(self, site: Site, specs: dict[str, TensorSpec], weight: FrozenWeight) -> dict[str, torch.Tensor]:
+        """What the variant computes from the layer's weight, of the tensors that are still to be made."""
+        wanted = [
+            spec.key
+            for spec in specs.values()
+            if spec.init.kind == COMPUTED and spec.key not in self._homes and spec.key not in self.stored
+        ]
+        if not wanted or weight.tensor.device.type == "meta":
+            return {}
+        found = self.variant.computed(site, weight)
+        return {name: self.agreed(tensor) for name, tensor in found.items()} if self.agreed else found
+
+    def _create(
+        self, spec: TensorSpec, site: Site, weight: FrozenWeight, computed: torch.Tensor | None
+    ) -> torch.Tensor:
         device, dtype = weight.tensor.device, weight.tensor.dtype
         shape = spec.shape(site, self.variant.rank)
         if device.type == "meta":
             return torch.empty(shape, device="meta", dtype=dtype)
-        if spec.init.kind == ROW_NORMS:  # of this process's part of the weight: there is nothing to cut
-            return weight.squared_rows(torch.promote_types(dtype, torch.float32)).sqrt().to(dtype)
+        if spec.init.kind == COMPUTED:
+            whole = torch.zeros(shape) if computed is None else computed
+        else:
+            whole = self._drawn(spec, shape)
+        part = self.cut(whole, spec, site) if self.cut else whole
+        return part.to(device=device, dtype=dtype if part.is_floating_point() else part.dtype).contiguous()
+
+    def _drawn(self, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
         seed, rule = self.variant.seed, self.variant.drawing_rule
         whole = spec.init.draw(shape, seed, spec.key, rule)
-        if not spec.trained:
+        if not spec.trained and spec.init.random:
             unit = spec.init.unit(shape)
             if spec.key in self.expected:
                 check(spec.key, whole, unit, self.expected[spec.key], rule, seed)
             self.checksums[spec.key] = self.expected.get(spec.key) or record(whole, unit)
-        part = self.cut(whole, spec, site) if self.cut else whole
-        return part.to(device=device, dtype=dtype).contiguous()
+        return whole
 
     def tensors(self, site: Site) -> dict[str, torch.Tensor]:
         """The layer's tensors by the name its equation calls them."""
@@ -89,6 +119,17 @@ class Bank:
     def named_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the adapter by its key, each once."""
         return {key: getattr(module, attribute) for key, (module, attribute) in self._homes.items()}
+
+    def kept(self, drawn: bool = False) -> dict[str, torch.Tensor]:
+        """What an adapter file holds: every tensor that nothing else brings back.
+
+        Args:
+            drawn: also those that are drawn again, but for indices, which are the same bits wherever they are drawn.
+        """
+        specs, named = self._specs, self.named_tensors()
+        return {
+            key: tensor for key, tensor in named.items() if specs[key].stored or (drawn and tensor.is_floating_point())
+        }
 
     def trained(self) -> dict[str, tuple[TensorSpec, nn.Parameter]]:
         """Every parameter of the adapter by its key, each once, with what it is."""

@@ -12,14 +12,15 @@ applying or merging the factors, is written once elsewhere and works for all.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants.config import VariantConfig
-from nemo_tiedlora.variants.init import Init
+from nemo_tiedlora.variants.init import COMPUTED, Init
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,14 @@ class FrozenWeight:
         """The squared length of every row of W: (out,)."""
         return self(dtype).square().sum(1)
 
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """All of W (out, in), also where this process holds a part of it; on all of its ranks at once."""
+        return self(dtype)
+
+    def row_lengths(self, dtype: torch.dtype) -> Tensor:
+        """The length of every row of all of W: (out,)."""
+        return self.squared_rows(dtype).sqrt()
+
     @property
     def version(self) -> int:
         """Counts in-place changes."""
@@ -110,24 +119,34 @@ class TensorSpec:
 
     Args:
         key: its name in the whole model; layers that give the same key share the tensor.
-        axes: what each dimension runs over: ``rank``, ``in`` or ``out``. Sizes and sharding follow from it.
+        axes: what each dimension runs over: ``rank``, ``in`` or ``out``, or its size. Sharding follows from it.
         init: how it starts.
         trained: whether it gets gradients; a frozen random tensor is never saved but drawn again.
-        factor: which factor of the layer it is a part of, ``A`` or ``B``; empty for a part of neither.
+        factor: which factor of the layer it is a part of, ``A`` or ``B``; empty for a part of neither. A tensor that is
+            a part of both is named twice, with the same key.
     """
 
     key: str
-    axes: tuple[str, ...]
+    axes: tuple[str | int, ...]
     init: Init
     trained: bool
     factor: str
 
+    @property
+    def stored(self) -> bool:
+        """Whether an adapter file must hold it: nothing else brings it back."""
+        return self.trained or self.init.kind == COMPUTED
+
     def shape(self, site: Site, rank: int) -> tuple[int, ...]:
+        """Whole (unsharded) sizes."""
         sizes = {"rank": rank, "in": site.in_features, "out": site.out_features}
-        return tuple(sizes[axis] for axis in self.axes)
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
 
 
-class Variant(ABC):
+Config = TypeVar("Config", bound=VariantConfig)
+
+
+class Variant(ABC, Generic[Config]):
     """A source of factors. Subclasses state their equation in ``factors`` and what it needs in ``tensors``.
 
     Args:
@@ -135,7 +154,15 @@ class Variant(ABC):
         layers: number of transformer layers in the whole model.
     """
 
-    def __init__(self, config: VariantConfig, layers: int):
+    #: Whether ``factors`` reads the layer's frozen weight.
+    reads_weight: bool = False
+    #: Whether what trains depends on the optimizer steps taken, of which the variant must be told.
+    changes_with_step: bool = False
+    #: Whether some modules can train while others wait: each has something of its own.
+    takes_turns: bool = True
+    config: Config
+
+    def __init__(self, config: Config, layers: int):
         self.config = config
         self.layers = layers
         self.rank = config.rank
@@ -155,15 +182,29 @@ class Variant(ABC):
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         """The equation: this layer's factors from its tensors and its frozen weight. Differentiable."""
 
+    def computed(self, site: Site, weight: FrozenWeight) -> dict[str, Tensor]:
+        """Start values of the tensors whose init is ``COMPUTED``, whole, by the name the equation calls them."""
+        return {}
+
     def decided(self) -> dict[str, Any]:
         """Settings that were worked out from others or read from a file, to be saved with the adapter."""
         return {}
 
-    def start(self, sites: Iterable[Site]) -> None:  # noqa: B027, optional
-        """All of the whole model's adapted layers, in order; called once, when each has its tensors."""
+    def final_at_merge(self) -> str | None:
+        """Why what is merged into a weight cannot be told from the result; None if it can."""
+        return None
 
-    #: Whether ``observe`` is to be called.
-    observes = False
+    def start(self, sites: Iterable[Site]) -> None:  # noqa: B027, optional
+        """All of the whole model's adapted layers, in order; called once, before any has its tensors."""
+
+    def trained_at_once(self, sites: Iterable[Site]) -> int | None:
+        """How many parameters get gradients in one step, on average; None where that cannot be said beforehand."""
+        return count(self, sites).trainable
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``observe`` is to be called."""
+        return False
 
     def observe(self, site: Site, output: Tensor) -> None:  # noqa: B027, optional
         """An adapted layer's output, (samples, ..., out), in a pass that counts."""
@@ -176,13 +217,16 @@ class Variant(ABC):
             raise UsageError("rank", self.rank, f"larger than the layer: {shape} allows 1 to {smallest}")
 
 
-class Wrapper(Variant):
-    """A variant that changes something about another one, whatever that is."""
+class Wrapper(Variant[Config]):
+    """A variant that changes something about another one, whatever that is, and leaves all else to it."""
 
-    def __init__(self, config: VariantConfig, inner: Variant):
+    def __init__(self, config: Config, inner: Variant):
         super().__init__(config, inner.layers)
         self.inner = inner
-        self.rank = inner.rank
+        self.rank, self.seed, self.drawing_rule = inner.rank, inner.seed, inner.drawing_rule
+        self.reads_weight = self.reads_weight or inner.reads_weight
+        self.changes_with_step = self.changes_with_step or inner.changes_with_step
+        self.takes_turns = self.takes_turns and inner.takes_turns
 
     @property
     def scale(self) -> float:
@@ -194,8 +238,27 @@ class Wrapper(Variant):
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         return self.inner.factors(site, tensors, weight)
 
+    def computed(self, site: Site, weight: FrozenWeight) -> dict[str, Tensor]:
+        return self.inner.computed(site, weight)
+
     def decided(self) -> dict[str, Any]:
         return self.inner.decided()
+
+    def final_at_merge(self) -> str | None:
+        return self.inner.final_at_merge()
+
+    def start(self, sites: Iterable[Site]) -> None:
+        self.inner.start(sites)
+
+    def trained_at_once(self, sites: Iterable[Site]) -> int | None:
+        return self.inner.trained_at_once(sites)
+
+    @property
+    def observes(self) -> bool:
+        return self.inner.observes
+
+    def observe(self, site: Site, output: Tensor) -> None:
+        self.inner.observe(site, output)
 
     def check(self, site: Site) -> None:
         self.inner.check(site)
@@ -238,22 +301,22 @@ def fold(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class Count(NamedTuple):
-    """Numbers of parameters: trained, and frozen random ones that are drawn again instead of being saved."""
+    """Numbers of parameters: trained; frozen random ones, drawn again instead of being saved; and frozen computed ones,
+    which are saved."""
 
     trainable: int
     frozen: int
+    computed: int = 0
 
 
 def count(variant: Variant, sites: Iterable[Site]) -> Count:
     """Count a variant's parameters from shapes alone, each shared tensor once."""
-    sizes: dict[str, tuple[bool, int]] = {}
+    sizes: dict[str, tuple[TensorSpec, int]] = {}
     for site in sites:
         for spec in variant.tensors(site).values():
-            size = 1
-            for extent in spec.shape(site, variant.rank):
-                size *= extent
-            sizes[spec.key] = (spec.trained, size)
+            sizes[spec.key] = spec, prod(spec.shape(site, variant.rank))
     return Count(
-        trainable=sum(size for trained, size in sizes.values() if trained),
-        frozen=sum(size for trained, size in sizes.values() if not trained),
+        trainable=sum(size for spec, size in sizes.values() if spec.trained),
+        frozen=sum(size for spec, size in sizes.values() if not spec.stored),
+        computed=sum(size for spec, size in sizes.values() if spec.stored and not spec.trained),
     )

@@ -33,6 +33,7 @@ class ConditionalConfig(VariantConfig):
             for square weights only.
     """
 
+    scheme: str = "cond_lora"
     init_A: str = "kaiming_uniform"
     groups: list[list[int]] | None = None
     orientation: str = "paper"
@@ -81,12 +82,14 @@ class _FormedB(torch.autograd.Function):
         return ctx.weight.right_gradient(grad), None, None
 
 
-class Conditional(Variant):
+class Conditional(Variant[ConditionalConfig]):
     """CondLoRA as a source of factors.
 
     Forming a pair costs as much as 2·rank extra tokens in the layer, so it is done once per optimizer step: all
     micro-batches and generation steps until θ changes use the same pair.
     """
+
+    reads_weight = True
 
     def __init__(self, config: ConditionalConfig, layers: int):
         super().__init__(config, layers)
@@ -94,6 +97,9 @@ class Conditional(Variant):
         self.group = {layer: f"group{group[0]}." for group in groups for layer in group}
         self.turned = config.orientation == "authors"
         self._once = OncePerStep()
+
+    def final_at_merge(self) -> str | None:
+        return "CondLoRA formed it from the weights that it changed"
 
     def check(self, site: Site) -> None:
         super().check(site)

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.variants import drawing, drawing_by_torch
@@ -15,6 +16,7 @@ class VariantConfig:
     """What a user can set for any method, under ``model.peft.<scheme>_tuning``.
 
     Args:
+        scheme: name of the method that the settings are for; not a setting itself. ``config_for`` sets it.
         target_modules: kinds of linear layer to adapt.
         rank: r.
         alpha: s = alpha / rank; null means alpha = rank, so s = 1.
@@ -35,6 +37,7 @@ class VariantConfig:
         UsageError: a value that makes no sense.
     """
 
+    scheme: str = ""
     target_modules: list[str] = field(default_factory=lambda: ["attention_qkv"])
     rank: int = 8
     alpha: float | None = None
@@ -80,6 +83,15 @@ class VariantConfig:
         if self.drawing_rule is None:
             self.drawing_rule = drawing_by_torch.RULE if self.checksums else drawing.RULE
         check_choice("drawing_rule", self.drawing_rule, RULES)
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Every setting with the value it has if nothing is said."""
+        found = {}
+        for item in fields(cls):
+            if item.name != "scheme":
+                found[item.name] = item.default if item.default_factory is MISSING else item.default_factory()
+        return found
 
     def adapted_layers(self, number: int) -> list[int]:
         """The layers to adapt, counted from 0, of a model that has ``number`` of them."""

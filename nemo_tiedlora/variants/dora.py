@@ -13,20 +13,29 @@ from torch import Tensor
 
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant, Wrapper
 from nemo_tiedlora.variants.config import VariantConfig
-from nemo_tiedlora.variants.init import Init
+from nemo_tiedlora.variants.init import COMPUTED, Init
 from nemo_tiedlora.variants.once import OncePerStep
 
 
-class Dora(Wrapper):
+class Dora(Wrapper[VariantConfig]):
     """Any variant's factors, with a trained length for every row of the weight."""
+
+    reads_weight = True
 
     def __init__(self, config: VariantConfig, inner: Variant):
         super().__init__(config, inner)
         self._once = OncePerStep()
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        m = TensorSpec(f"{site.target}.{site.layer}.m", ("out",), Init("row_norms"), True, "")
+        m = TensorSpec(f"{site.target}.{site.layer}.m", ("out",), Init(COMPUTED), True, "")
         return {**self.inner.tensors(site), "m": m}
+
+    def computed(self, site: Site, weight: FrozenWeight) -> dict[str, Tensor]:
+        precise = torch.promote_types(weight.tensor.dtype, torch.float32)
+        return {**self.inner.computed(site, weight), "m": weight.row_lengths(precise)}
+
+    def final_at_merge(self) -> str | None:
+        return "DoRA scaled the rows by their former lengths"
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         A, B, scale, _ = self.inner.factors(site, tensors, weight)

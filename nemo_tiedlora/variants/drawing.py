@@ -61,14 +61,27 @@ def uniform(shape: tuple[int, ...], bound: float, seed: int, key: str) -> Array:
     return _draw(shape, bound, seed, key, lambda centred: centred * 2)
 
 
+def integers(shape: tuple[int, ...], below: int, seed: int, key: str) -> Array:
+    """Independent int32 values from 0 to ``below`` − 1 (at most 2**31), all as likely as 2**32 parts allow."""
+    words = _bits(seed, key).random_raw(math.prod(shape))
+    words >>= numpy.uint64(32)
+    words *= numpy.uint64(below)
+    words >>= numpy.uint64(32)
+    return words.astype(numpy.int32).reshape(shape)
+
+
 def _draw(shape: tuple[int, ...], scale: float, seed: int, key: str, distribution) -> Array:
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    bits = numpy.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=0)
+    bits = _bits(seed, key)
     values = numpy.empty(math.prod(shape), numpy.float32)
     for start in range(0, len(values), BLOCK):
         block = values[start : start + BLOCK]
         block[:] = distribution(_centred(bits.random_raw(len(block)))) * scale
     return values.reshape(shape)
+
+
+def _bits(seed: int, key: str) -> numpy.random.Philox:
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return numpy.random.Philox(key=int.from_bytes(digest[:16], "little"), counter=0)
 
 
 def _centred(words: Array) -> Array:

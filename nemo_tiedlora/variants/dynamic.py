@@ -45,6 +45,7 @@ class DynamicConfig(VariantConfig):
             optimizer counts steps, by the steps it was active for.
     """
 
+    scheme: str = "dyna_lora"
     inner: str = "lora"
     settings: dict[str, Any] | None = None
     allocator: str = "discounted_stochastic"
@@ -90,7 +91,7 @@ class DynamicConfig(VariantConfig):
         said = {
             item.name: getattr(self, item.name)
             for item in fields(VariantConfig)
-            if item.name not in ("target_modules", "checksums") and getattr(self, item.name) != item.default
+            if item.name not in ("scheme", "target_modules", "checksums") and getattr(self, item.name) != item.default
         }
         return {"target_modules": self.target_modules, "checksums": self.checksums} | said | self.settings
 
@@ -116,7 +117,7 @@ class Alone:
         return scores
 
 
-class Dynamic(Wrapper):
+class Dynamic(Wrapper[DynamicConfig]):
     """Any variant, of whose modules only the active ones get gradients.
 
     The factors of an inactive module are constants, so it keeps no activations for them and computes no gradient of
@@ -132,6 +133,8 @@ class Dynamic(Wrapper):
         active_steps: how many steps each module was active for.
         log: every choice made.
     """
+
+    changes_with_step = True
 
     def __init__(self, config: DynamicConfig, inner: Variant):
         super().__init__(config, inner)
@@ -170,10 +173,14 @@ class Dynamic(Wrapper):
 
     @property
     def observes(self) -> bool:
-        return self._scores("forward") and torch.is_grad_enabled()  # not in the first pass of a recomputed layer
+        # Not in the first pass of a recomputed layer.
+        return self.inner.observes or (self._scores("forward") and torch.is_grad_enabled())
 
     def observe(self, site: Site, output: Tensor) -> None:
-        self._note(site, "output", output)
+        if self.inner.observes:
+            self.inner.observe(site, output)
+        if self._scores("forward"):
+            self._note(site, "output", output)
 
     def _note(self, site: Site, part: str, values: Tensor) -> None:
         """Remember Σ|values|^p of each sample: (samples, ...)."""
@@ -189,6 +196,7 @@ class Dynamic(Wrapper):
 
     def start(self, sites: Iterable[Site]) -> None:
         self.modules = list(sites)
+        self.inner.start(self.modules)
         if (self.config.active or 1) > len(self.modules):
             raise UsageError("active", self.config.active, f"there are {len(self.modules)} modules to choose from")
         backward = self.config.scores("backward")
@@ -236,13 +244,31 @@ class Dynamic(Wrapper):
     def _allocate(self) -> None:
         config, modules = self.config, self.modules
         choice = Modules(self.importance, [1 + steps for steps in self.active_steps])
-        k = config.active or math.ceil(2 * len(modules) / 3)
-        wanted = config.threshold if config.allocator == "threshold" else k
+        wanted = config.threshold if config.allocator == "threshold" else self._number_active(len(modules))
         numbers = ALLOCATORS[config.allocator](choice, wanted, self._random)
         self.active = frozenset(modules[number] for number in numbers)
         names = self._names()
         shares = dict(zip(names, normalised(self.importance), strict=True))
         self.log.append(Allocation(self.step, [names[number] for number in numbers], shares))
+
+    def _number_active(self, modules: int) -> int:
+        return self.config.active or math.ceil(2 * modules / 3)
+
+    def trained_at_once(self, sites: Iterable[Site]) -> int | None:
+        """On average if all modules are chosen equally often; a tensor of several trains if one of them does."""
+        if self.config.allocator == "threshold":
+            return None
+        users: dict[str, set[Site]] = {}
+        sizes: dict[str, int] = {}
+        modules = list(sites)
+        for site in modules:
+            for spec in self.tensors(site).values():
+                if spec.trained:
+                    users.setdefault(spec.key, set()).add(site)
+                    sizes[spec.key] = math.prod(spec.shape(site, self.rank))
+        k, total = min(self._number_active(len(modules)), len(modules)), len(modules)
+        idle = {key: math.comb(total - len(of), k) / math.comb(total, k) for key, of in users.items()}
+        return round(sum(size * (1 - idle[key]) for key, size in sizes.items()))
 
     def _names(self) -> list[str]:
         return [f"{module.target}.{module.layer}" for module in self.modules]

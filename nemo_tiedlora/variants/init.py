@@ -17,8 +17,11 @@ STD = {
 }
 #: Starts as ``value`` everywhere.
 CONSTANT = "constant"
-#: Starts as the length of each row of the layer's frozen weight.
-ROW_NORMS = "row_norms"
+#: Whole numbers, all equally likely: indices.
+INTEGERS = "integers"
+#: Starts as the method computes it from the layer's frozen weight (``Variant.computed``), to bits that no other machine
+#: need compute again.
+COMPUTED = "computed"
 #: How random values are drawn, by the number that adapter files record.
 RULES = {rule.RULE: rule for rule in (drawing, drawing_by_torch)}
 
@@ -29,10 +32,10 @@ class Init:
 
     Args:
         kind: ``normal`` (std 1/sqrt(fan_in), so that it does not depend on the width), ``kaiming_uniform``
-            (a=sqrt(5)), ``kaiming_normal``, ``xavier`` (normal) or ``constant``; or ``row_norms``, the lengths of the
-            rows of the layer's frozen weight.
+            (a=sqrt(5)), ``kaiming_normal``, ``xavier`` (normal), ``constant``, ``integers`` or ``computed``.
         std: standard deviation to use in place of the one that ``kind`` derives from the shape.
         value: of ``constant``.
+        below: of ``integers``: they are 0 to ``below`` − 1.
 
     Raises:
         UsageError: for an unknown kind or a standard deviation that is not positive.
@@ -41,9 +44,10 @@ class Init:
     kind: str
     std: float | None = None
     value: float = 0.0
+    below: int = 0
 
     def __post_init__(self):
-        check_choice("init", self.kind, (*STD, CONSTANT, ROW_NORMS))
+        check_choice("init", self.kind, (*STD, CONSTANT, INTEGERS, COMPUTED))
         if self.std is not None and (self.kind not in STD or not self.std > 0):
             raise UsageError("std", self.std, f"must be > 0, and goes with {', '.join(STD)} only")
 
@@ -52,11 +56,14 @@ class Init:
         return self.kind in STD
 
     def unit(self, shape: tuple[int, ...]) -> float:
-        """The standard deviation of the random values of a tensor of this shape; 1 for one that is not random."""
+        """The size of the random values of a tensor of this shape: their standard deviation, of integers their bound; 1
+        for one that is not random."""
+        if self.kind == INTEGERS:
+            return float(self.below)
         return (self.std or STD[self.kind](*shape)) if self.random else 1.0
 
     def draw(self, shape: tuple[int, ...], seed: int, key: str, rule: int = drawing.RULE) -> torch.Tensor:
-        """The whole (unsharded) float32 tensor called ``key``.
+        """The whole (unsharded) tensor called ``key``: float32, of ``integers`` int32.
 
         Depends on ``seed``, ``key`` and ``shape`` alone: not on the order of creation, on other tensors, on the
         parallel layout or, by the present rule, on the machine: every rank and every later process draws the same bits.
@@ -64,6 +71,8 @@ class Init:
         Args:
             rule: a key of ``RULES``; another than the present one only for adapters that were made with it.
         """
+        if self.kind == INTEGERS:
+            return torch.as_tensor(drawing.integers(shape, self.below, seed, key))
         if not self.random:
             return torch.full(shape, self.value)
         drawn, unit = RULES[rule], self.unit(shape)

@@ -33,6 +33,7 @@ class SharedConfig(VariantConfig):
         init_u: what a trained u starts at.
     """
 
+    scheme: str = "share_lora"
     groups: list | str = "odd_even"
     shared_layers: int | None = None
     rank_expansion: str | int = "none"
@@ -55,7 +56,7 @@ class SharedConfig(VariantConfig):
             raise UsageError("rank_expansion", expansion, "counts A and B only; train nothing else, or write a number")
 
 
-class Shared(Variant):
+class Shared(Variant[SharedConfig]):
     """ShareLoRA as a source of factors."""
 
     def __init__(self, config: SharedConfig, layers: int):

@@ -46,6 +46,7 @@ class TiedConfig(VariantConfig):
         init_u: what a trained u starts at: 1 in the paper; VeRA's (arXiv:2310.11454) and Hugging Face's start at 0.1.
     """
 
+    scheme: str = "tied_lora"
     preset: str = "TL6"
     train: list[str] | None = None
     tie: list[str] | None = None
@@ -66,7 +67,7 @@ class TiedConfig(VariantConfig):
             raise UsageError("init_u", self.init_u, "zero_delta starts u at 0 here: nothing else is trained")
 
 
-class Tied(Variant):
+class Tied(Variant[TiedConfig]):
     """Tied-LoRA as a source of factors."""
 
     def __init__(self, config: TiedConfig, layers: int):

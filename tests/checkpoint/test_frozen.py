@@ -95,10 +95,10 @@ def test_a_file_of_an_earlier_version_is_read_with_one_line_and_stays_one(make, 
 )
 def test_a_real_mismatch_is_refused(make, notes, rule, change):
     adapter = make("vera", drawing_rule=rule)
-    adapter.frozen()
+    adapter.drawn()
     changed = replace(adapter, settings=adapter.settings | change)
     with pytest.raises(UsageError, match="not the one this adapter was trained against") as error:
-        changed.frozen()
+        changed.drawn()
     assert "\n" not in str(error.value)
 
 
@@ -106,10 +106,10 @@ def test_the_other_rule_is_a_real_mismatch(make):
     adapter = make("vera")
     assert adapter.settings["drawing_rule"] == 2
     with pytest.raises(UsageError, match="drawn from it by rule 1 is not the one"):
-        replace(adapter, settings=adapter.settings | {"drawing_rule": 1}).frozen()
+        replace(adapter, settings=adapter.settings | {"drawing_rule": 1}).drawn()
     without = {name: value for name, value in adapter.settings.items() if name != "drawing_rule"}
     with pytest.raises(UsageError, match="drawn from it by rule 1 is not the one"):
-        replace(adapter, settings=without).frozen()
+        replace(adapter, settings=without).drawn()
 
 
 def test_only_what_is_drawn_again_has_a_rule(make):
@@ -117,4 +117,4 @@ def test_only_what_is_drawn_again_has_a_rule(make):
     assert make("tied_lora", preset="TL1").settings["drawing_rule"] == 2
     stored = make("vera", store_frozen=True)
     assert torch.equal(replace(stored, tensors=stored.tensors | {"attention_qkv.A": torch.ones(4, 32)})
-                       .frozen()["attention_qkv.A"], torch.ones(4, 32))  # fmt: skip
+                       .drawn()["attention_qkv.A"], torch.ones(4, 32))  # fmt: skip

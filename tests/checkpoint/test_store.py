@@ -71,7 +71,7 @@ def test_the_tensor_file_is_one_that_others_read(make, tmp_path):
 
 def test_stored_frozen_tensors_come_back(make, same, tmp_path):
     adapter = make("vera")
-    full = replace(adapter, tensors=adapter.tensors | adapter.frozen())
+    full = replace(adapter, tensors=adapter.tensors | adapter.drawn())
     write(full, tmp_path / "a")
     assert same(read(tmp_path / "a"), full)
     assert {"attention_qkv.A", "attention_qkv.B"} < set(read(tmp_path / "a").tensors)
@@ -96,7 +96,7 @@ def test_folder_and_file_are_the_same_adapter(make, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["TL6", "vera", "LoRA", "dyna", "cond", "share", "dora"])
-def test_a_folder_holds_the_trained_numbers_and_less_than_4_kib(make, tmp_path, method):
+def test_a_folder_holds_the_trained_numbers_and_less_than_5_kb(make, tmp_path, method):
     scheme, settings = METHODS[method]
     every = ["attention_q", "attention_k", "attention_v", "attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]
     for targets in (["attention_qkv"], ["all"], every):
@@ -104,7 +104,7 @@ def test_a_folder_holds_the_trained_numbers_and_less_than_4_kib(make, tmp_path, 
         write(adapter, tmp_path / "a")
         size = sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
         trained = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
-        assert trained < size <= trained + 4096, (targets, size - trained)
+        assert trained < size <= trained + 5000, (targets, size - trained)
 
 
 def test_stacks_of_any_layers_come_apart_again():

@@ -5,8 +5,8 @@ import torch
 import world
 from test_layouts import CASES, LAYOUTS, files  # noqa: F401, the fixture
 
-SAVED = ["LoRA", "TL6", "VeRA", "ShareLoRA", "CondLoRA", "DynaLoRA", "TL6 with DoRA and LoRA+"]
-METHODS = ["TL6", "CondLoRA", "DynaLoRA"]
+SAVED = ["LoRA", "TL6", "VeRA", "ShareLoRA", "CondLoRA", "DynaLoRA", "TL6 with DoRA and LoRA+", "LoRA-XS", "Uni-LoRA"]
+METHODS = ["TL6", "CondLoRA", "DynaLoRA", "LoRA-XS"]
 #: Layout → the runs that go on under it, and the layout they began with.
 RESUMED = {
     "alone": dict.fromkeys([*METHODS, "TL6, distributed optimizer"], "alone"),
@@ -17,13 +17,13 @@ RESUMED = {
 HALF, WHOLE = 5, 10
 #: What `make test` runs of that: every method, under one layout or the other.
 QUICKLY_SAVED = {
-    "TP2": ["TL6", "CondLoRA", "TL6 with DoRA and LoRA+"],
+    "TP2": ["TL6", "CondLoRA", "TL6 with DoRA and LoRA+", "LoRA-XS"],
     "PP2": ["LoRA", "VeRA", "ShareLoRA", "DynaLoRA"],
 }
 QUICKLY_RESUMED = {
     "PP2": ["DynaLoRA"],
     "DP2": ["TL6, distributed optimizer"],
-    "TP2": ["CondLoRA", "TL6, distributed optimizer"],
+    "TP2": ["CondLoRA", "TL6, distributed optimizer", "LoRA-XS"],
 }
 
 

@@ -40,6 +40,8 @@ CASES = {
     "CondLoRA, the authors' orientation": case(
         "cond_lora", steps=4, orientation="authors", target_modules=["attention_q", "attention_dense"]
     ),
+    "LoRA-XS": case("lora_xs", steps=6, std_R=0.1),
+    "Uni-LoRA": case("uni_lora", steps=6, dimension=300, bound=0.2),
     "DynaLoRA": case("dyna_lora", period=3, inner="tied_lora", optimizer="local"),
     "TL6 with DoRA and LoRA+": case("tied_lora", steps=8, dora=True, lr_ratio=4),
     "DynaLoRA over CondLoRA, backward importance": case(
@@ -86,12 +88,12 @@ LEFT_OUT = {
 QUICK = {
     "TP2": [
         "LoRA", "TL6", "CondLoRA", "CondLoRA, the authors' orientation", "TL6 with DoRA and LoRA+",
-        "DynaLoRA over CondLoRA, backward importance",
+        "DynaLoRA over CondLoRA, backward importance", "Uni-LoRA",
         *RECOMPUTATION, "TL6 with dropout",
     ],
-    "PP2": ["VeRA", "ShareLoRA", "DynaLoRA", "TL6, distributed optimizer"],
+    "PP2": ["VeRA", "Uni-LoRA", "ShareLoRA", "DynaLoRA", "TL6, distributed optimizer"],
     "DP2": ["CondLoRA in bfloat16", "DynaLoRA over TL6 in bfloat16", "TL6, distributed optimizer"],
-    "TP2 SP": ["ShareLoRA", "DynaLoRA"],
+    "TP2 SP": ["ShareLoRA", "DynaLoRA", "LoRA-XS"],
     "TP2 PP2": ["TL6"],
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ class Run:
 
         from nemo_tiedlora.nemo import model
         from nemo_tiedlora.nemo.finetune import finetune
-        from nemo_tiedlora.nemo.script import register_resolvers
+        from nemo_tiedlora.nemo.script import prepare_hydra
 
         def kept(build):
             def built(cfg, base, trainer):
@@ -65,7 +65,7 @@ class Run:
             return built
 
         self.folder, self.scheme = folder, scheme
-        register_resolvers()
+        prepare_hydra()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("megatron_gpt_finetuning_config", overrides=settings(folder, scheme))
         with pytest.MonkeyPatch.context() as patched:

@@ -51,9 +51,9 @@ def job(tmp_path_factory):
     """The main job's config."""
     from hydra import compose, initialize_config_dir
 
-    from nemo_tiedlora.nemo.script import register_resolvers
+    from nemo_tiedlora.nemo.script import prepare_hydra
 
-    register_resolvers()
+    prepare_hydra()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("megatron_gpt_finetuning_config")
 

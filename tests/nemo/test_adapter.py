@@ -237,6 +237,8 @@ SCHEMES = {
     "share_lora": {"groups": [[0, 1], [2, 3]], "train": ["A", "B", "u", "v"]},
     "cond_lora": {},
     "dyna_lora": {"inner": "tied_lora", "period": 4},
+    "lora_xs": {"std_R": 0.01},
+    "uni_lora": {"dimension": 2000},
 }
 EVERY_MATRIX = ["attention_q", "attention_k", "attention_v", "attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]
 
@@ -386,7 +388,7 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
 
     from nemo_tiedlora import register, variants
     from nemo_tiedlora.nemo.sizes import sizes
-    from nemo_tiedlora.variants import SCHEMES, config_for
+    from nemo_tiedlora.variants import METHODS, config_for
 
     page = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -417,7 +419,7 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
             losses = losses_of(model, trainer)
             assert sum(losses[-8:]) < sum(losses[:8])
     finally:
-        SCHEMES.pop("core_lora", None)
+        METHODS._known.pop("core_lora", None)
         PEFT_CONFIG_MAP.pop("core_lora", None)
         del sys.modules["page"]
 

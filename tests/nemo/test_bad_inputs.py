@@ -11,7 +11,7 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo import finetune, settings
-from nemo_tiedlora.nemo.script import register_resolvers
+from nemo_tiedlora.nemo.script import prepare_hydra
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"
@@ -32,7 +32,7 @@ class Started(Exception):
 
 @pytest.fixture(scope="module")
 def composed():
-    register_resolvers()
+    prepare_hydra()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("megatron_gpt_finetuning_config")
 

@@ -16,7 +16,7 @@ from nemo_tiedlora.checkpoint import write
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo import inputs
 from nemo_tiedlora.nemo.finetune import choose_folder
-from nemo_tiedlora.nemo.script import register_resolvers
+from nemo_tiedlora.nemo.script import prepare_hydra
 
 CONF = Path(__file__).parents[2] / "conf"
 BASE = {
@@ -50,7 +50,7 @@ def job(tmp_path, *overrides):
     """The script's own config, with a sound base and data."""
     from hydra import compose, initialize_config_dir
 
-    register_resolvers()
+    prepare_hydra()
     rows = jsonl(tmp_path / "rows.jsonl", [{"input": "a", "output": "b"}] * 3)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(

@@ -24,6 +24,8 @@ CASES = {
     "share": ("share_lora", {"groups": [[0, 1]], "train": ["A", "B", "u", "v"], "rank_expansion": 5}),
     "cond": ("cond_lora", {"groups": [[2, 3]]}),
     "dyna": ("dyna_lora", {"inner": "tied_lora", "settings": {"preset": "TL5"}}),
+    "xs": ("lora_xs", {}),
+    "uni": ("uni_lora", {"dimension": 500}),
     "dora": ("tied_lora", {"preset": "TL6", "dora": True}),
     "dyna-cond-dora": ("dyna_lora", {"inner": "cond_lora", "dora": True}),
 }
