@@ -1,16 +1,21 @@
 """The package as pip installs it: whole, and enough to run the main job in any folder."""
 
+import ast
 import json
 import signal
 import subprocess
 import sys
 import time
+from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
 import forked
 import pytest
 import toy
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 #: Folders that are installed, by where they come to lie.
@@ -74,6 +79,22 @@ def test_every_file_of_the_checkout_is_in_the_archive_and_is_installed(site):
         assert all(found[name] == content for name, content in expected.items())
     (notice,) = site.glob("*.dist-info/licenses/LICENSE")
     assert notice.read_bytes() == (ROOT / "LICENSE").read_bytes()
+
+
+def test_what_is_imported_is_required_and_the_tested_versions_fit(site):
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    required = [Requirement(line) for line in Parser().parsestr(metadata.read_text()).get_all("Requires-Dist")]
+    ranges = {canonicalize_name(each.name): each.specifier for each in required if not each.marker}
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
+    for name, allowed in ranges.items():
+        assert pins[name] in allowed, name
+    homes = packages_distributions()
+    for path in [path for folder in set(INSTALLED.values()) for path in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - set(INSTALLED):
+                assert ranges.keys() & {canonicalize_name(home) for home in homes[name]}, f"{path} imports {name}"
 
 
 def tiedlora(site, folder, *arguments):
