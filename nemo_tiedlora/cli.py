@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from nemo_tiedlora import __version__, analyze, console, scripts
 from nemo_tiedlora.console import AsJson, show
@@ -41,13 +42,21 @@ def options(
     """What the command takes before any subcommand."""
 
 
-@app.command(cls=scripts.Forwarding)
+class Script(TyperCommand):
+    """A command that leaves its arguments as they are, ``--help`` and ``--`` too: they are a script's."""
+
+    def parse_args(self, ctx, args):
+        ctx.args = args
+        return args
+
+
+@app.command(cls=Script)
 def finetune(context: typer.Context) -> None:
     """Fine-tune a NeMo GPT with any scheme: what examples/megatron_gpt_finetuning.py does."""
     scripts.run("megatron_gpt_finetuning.py", "tiedlora finetune", context.args)
 
 
-@app.command(cls=scripts.Forwarding)
+@app.command(cls=Script)
 def generate(context: typer.Context) -> None:
     """Continue prompts with a base model and a saved adapter: what examples/megatron_gpt_generate.py does."""
     scripts.run("megatron_gpt_generate.py", "tiedlora generate", context.args)

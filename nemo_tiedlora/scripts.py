@@ -4,21 +4,11 @@ import sys
 from pathlib import Path
 from runpy import run_path
 
-from typer.core import TyperCommand
-
 PACKAGE = Path(__file__).parent
 #: In the package where that is installed, with ``conf`` beside it; beside the package in a checkout.
 EXAMPLES = next((path for path in (PACKAGE / "examples", PACKAGE.parent / "examples") if path.is_dir()), PACKAGE)
 
 _command: str | None = None
-
-
-class Forwarding(TyperCommand):
-    """A command that takes every argument as it is, ``--help`` and ``--`` too: they are the script's."""
-
-    def parse_args(self, ctx, args):
-        ctx.args = args
-        return args
 
 
 def run(script: str, command: str, arguments: list[str]) -> None:

