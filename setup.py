@@ -54,7 +54,7 @@ setup(
         "scipy",
         "sentencepiece",
         "tensorboard",
-        "typer",
+        "typer>=0.12.5",
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "ruff", "peft", "lm_eval"]},
 )
