@@ -6,6 +6,8 @@ from runpy import run_path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+#: What a user copies is at the top of the checkout, and in the package once that is installed.
+SCRIPTS = {"nemo_tiedlora.conf": "conf", "nemo_tiedlora.examples": "examples"}
 
 setup(
     name="nemo_tiedlora",
@@ -13,17 +15,25 @@ setup(
     description="Tied, shared and conditional low-rank adapters for NVIDIA NeMo and Megatron",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    packages=[
+        *find_packages(include=["nemo_tiedlora", "nemo_tiedlora.*", "benchmark_suite", "benchmark_suite.*"]),
+        *SCRIPTS,
+    ],
+    package_dir=SCRIPTS,
     package_data={
+        "nemo_tiedlora.conf": ["*.yaml"],
         "benchmark_suite": ["tasks/*.yaml", "variants/*.yaml", "report/templates/*"],
         "nemo_tiedlora.embedded": ["base.safetensors", "tokenizer.model"],
     },
     entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
+    # The code fits these; requirements.txt says exactly what it is tested with, and what NeMo needs besides.
     install_requires=[
         "torch>=2.6",
-        "nemo_toolkit>=2.4.1,<2.5",
-        "megatron-core>=0.13.1,<0.14",
+        "nemo_toolkit>=2.4,<2.5",
+        "megatron-core>=0.13,<0.14",
         "lightning>=2.4,<2.5",
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
@@ -31,7 +41,10 @@ setup(
         "jinja2",
         "matplotlib",
         "numpy<2",
+        "packaging",
         "pyarrow",
+        "pybind11",
+        "pyyaml",
         "rich",
         "rouge_score",
         "ruamel.yaml",
@@ -41,7 +54,7 @@ setup(
         "scipy",
         "sentencepiece",
         "tensorboard",
-        "typer",
+        "typer>=0.12.5",
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "ruff", "peft", "lm_eval"]},
 )

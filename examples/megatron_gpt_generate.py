@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora import console
+from nemo_tiedlora import console, scripts
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.platform.threads import wait_passively
 
@@ -71,4 +71,4 @@ def _lines(file: Path | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    console.run(app)
+    console.run(app, scripts.command())

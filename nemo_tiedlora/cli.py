@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
-from nemo_tiedlora import __version__, analyze, console
+from nemo_tiedlora import __version__, analyze, console, scripts
 from nemo_tiedlora.console import AsJson, show
 from nemo_tiedlora.errors import UsageError
 
 app = typer.Typer(
     name="tiedlora",
-    help="Adapters with tied, shared and conditional factors: how large they are, and what is in a saved one.",
+    help="Adapters with tied, shared and conditional factors: train them, use them, and see what is in them.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -39,6 +40,26 @@ def options(
     ] = False,
 ) -> None:
     """What the command takes before any subcommand."""
+
+
+class Script(TyperCommand):
+    """A command that leaves its arguments as they are, ``--help`` and ``--`` too: they are a script's."""
+
+    def parse_args(self, ctx, args):
+        ctx.args = args
+        return args
+
+
+@app.command(cls=Script)
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a NeMo GPT with any scheme: what examples/megatron_gpt_finetuning.py does."""
+    scripts.run("megatron_gpt_finetuning.py", "tiedlora finetune", context.args)
+
+
+@app.command(cls=Script)
+def generate(context: typer.Context) -> None:
+    """Continue prompts with a base model and a saved adapter: what examples/megatron_gpt_generate.py does."""
+    scripts.run("megatron_gpt_generate.py", "tiedlora generate", context.args)
 
 
 @app.command()

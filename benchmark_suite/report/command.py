@@ -12,7 +12,7 @@ def report(
     results: Annotated[Path, typer.Argument(help="Folder of results; every result.json below it is read.")],
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with tables and plots.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write every table as Markdown.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="Write every setting, unrounded, as CSV.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every variant at every rank, unrounded, as CSV.")] = None,
     as_json: AsJson = False,
     against: Annotated[
         str | None, typer.Option(help="The variant to compare with; by default LoRA, or the first there is.")

@@ -34,7 +34,7 @@ class Comparison:
 
 
 def compare(reported: Mapping[tuple[str, str], Setting], against: str) -> list[Comparison]:
-    """Compare the ``reported`` setting of every (task, variant) with ``against``'s on that task."""
+    """Compare every (task, variant), at the rank that is ``reported``, with ``against`` on that task."""
     pairs = [
         (setting, reported[task, against])
         for (task, variant), setting in reported.items()

@@ -30,7 +30,7 @@ def markdown(summary: Summary) -> str:
 
 
 def as_csv(summary: Summary) -> str:
-    """Every evaluated setting with all its numbers, unrounded; one row per base, task, variant and rank."""
+    """Every evaluated variant and rank with all its numbers, unrounded; one row per base, task, variant and rank."""
     written = io.StringIO()
     writer = None
     for base, table in _settings(summary):

@@ -1,4 +1,4 @@
-"""The Pareto front: settings for which no other is both smaller and better."""
+"""The Pareto front: variants and ranks for which no other is both smaller and better."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from benchmark_suite.report.settings import Setting
 
 
 def front(settings: Sequence[Setting]) -> list[Setting]:
-    """The undominated settings of one task, by size; equals of both size and score stay together."""
+    """The undominated ones of one task, by size; equals of both size and score stay together."""
     sign = -1 if settings and settings[0].higher_is_better else 1
     chosen: list[Setting] = []
     for at in sorted(settings, key=lambda at: (at.mean("trainable"), sign * at.score.mean)):

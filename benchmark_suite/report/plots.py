@@ -28,8 +28,8 @@ def galleries(section: Section, cost: Table | None) -> list[Gallery]:
     found = [
         Gallery(
             "Score against size",
-            "Every evaluated rank, by trainable parameters. The dashed line is the Pareto front: no other setting is "
-            "both as small and as good as one on it.",
+            "Every evaluated rank, by trainable parameters. The dashed line is the Pareto front: no other variant or "
+            "rank is both as small and as good as one on it.",
             [_size(section, task) for task in section.tasks],
         ),
         Gallery(

@@ -47,7 +47,7 @@ class Section:
 
     @cached_property
     def reported(self) -> dict[tuple[str, str], Setting]:
-        """The setting at the best rank of every (task, variant)."""
+        """Every (task, variant) at its best rank."""
         return {key: best(list(ranks)) for key, ranks in groupby(self.settings, key=lambda at: (at.task, at.variant))}
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A setting of the benchmark: the seeds of one variant at one rank on one task."""
+"""One variant at one rank on one task: what its seeds say together."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable

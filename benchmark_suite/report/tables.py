@@ -259,7 +259,7 @@ def every_setting(section: Section) -> Table:
         Column("steps", "Steps", numbers.count),
     ]
     note = "Means over seeds. Where several learning rates won on validation, one per seed, all are named."
-    return Table("settings", "Every setting", note, columns, rows)
+    return Table("settings", "Every variant at every rank", note, columns, rows)
 
 
 def tasks(section: Section) -> Table:

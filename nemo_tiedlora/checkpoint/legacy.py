@@ -41,7 +41,7 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
     """NeMo's LoRA adapter at ``path`` as one of scheme ``tied_lora`` with preset LoRA, which computes the same.
 
     Raises:
-        UsageError: not such a file, one of another scheme or variant, or one with missing ranks or tensors.
+        UsageError: not such a file, one of another scheme or kind of LoRA, or one with missing ranks or tensors.
     """
     with opened(Path(path), field) as archive:
         saved = read_model_config(archive, whole=True)

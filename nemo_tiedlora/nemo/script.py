@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_tiedlora import scripts
 from nemo_tiedlora.errors import RunError, UsageError, closest
 from nemo_tiedlora.own_methods import take
 from nemo_tiedlora.platform.threads import wait_passively
@@ -75,8 +76,9 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
                 if {"--help", "-h"} & set(sys.argv[1:]):
                     from nemo_tiedlora.nemo.script_help import help_text
 
-                    config = config_path.resolve() / f"{config_name}.yaml"
-                    print(help_text(sys.modules[job.__module__].__doc__.splitlines()[0], sys.argv[0], config))
+                    purpose = sys.modules[job.__module__].__doc__.splitlines()[0]
+                    command = scripts.command() or f"python {sys.argv[0]}"
+                    print(help_text(purpose, command, config_path.resolve() / f"{config_name}.yaml"))
                     return
                 _run(job, config_path, config_name)
 

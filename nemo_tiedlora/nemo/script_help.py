@@ -47,11 +47,11 @@ class Setting(NamedTuple):
     comment: str
 
 
-def help_text(purpose: str, script: str, config: Path) -> str:
-    """The help of ``script``, which does what ``purpose`` says and composes ``config``."""
+def help_text(purpose: str, command: str, config: Path) -> str:
+    """The help of ``command``, which does what ``purpose`` says and composes ``config``."""
     settings = read(config.read_text(encoding="utf-8"))
     width = min(120, shutil.get_terminal_size((100, 24)).columns)
-    lines = [purpose, "", f"Usage: python {script} [SETTING=VALUE ...]", ""]
+    lines = [purpose, "", f"Usage: {command} [SETTING=VALUE ...]", ""]
     lines += textwrap.wrap(
         "Without any setting, a small built-in base learns a built-in task. The most used settings and their defaults"
         " follow; put the name of the section before theirs, as in model.optim.lr=1e-3.",

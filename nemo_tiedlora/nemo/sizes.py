@@ -40,7 +40,7 @@ def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
 
 
 def check_fit(config: VariantConfig, model: DictConfig) -> Variant:
-    """The variant that ``config`` describes, once it is known to fit every layer it adapts."""
+    """The method that ``config`` sets up, once it is known to fit every layer it adapts."""
     variant = build(config, model.num_layers)
     adapted = sites(config, model)
     for site in adapted:

@@ -1,4 +1,4 @@
-"""CondLoRA: the factors are a linear function of the frozen weight, the same function for all layers.
+"""CondLoRA (Kim, Sasaki, Hoshino, Honda, arXiv:2403.14946): factors are a linear function of W, one for all layers.
 
     A_l = θ_Aᵀ W_l        θ_A: (out, rank)                                                           (equation 5)
     B_l = W_l θ_B         θ_B: (in, rank)                                                            (equation 6)

@@ -1,4 +1,4 @@
-"""DynaLoRA: at any time only some modules train; all of them still add their factors to the output.
+"""DynaLoRA (Brouwers, Fülöp, Hamar, Krastev, 2024, no arXiv id): only some modules train at a time; all contribute.
 
     y_m = Σ_x ‖(W + ΔW) x‖_p        ŷ_m = y_m / Σ_k y_k                                        (equations 1 and 2)
 

@@ -1,4 +1,4 @@
-"""ShareLoRA: layers whose representations are similar share one pair of factors.
+"""ShareLoRA (anonymous, "Less Tuning, More Performance", no arXiv id): layers that are similar share their factors.
 
     A_l = diag(u_l) A_g(l)          B_l = diag(v_l) B_g(l)          g(l): the group of layer l       (equation 5)
 

@@ -39,7 +39,7 @@ def test_help_of_the_script_lists_its_settings_and_imports_neither_torch_nor_nem
 
 def test_help_says_what_the_config_says(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    text = help_text("Tune.", "tune.py", CONFIG)
+    text = help_text("Tune.", "python tune.py", CONFIG)
     assert max(map(len, text.splitlines()[:-3])) <= 100
     words = re.sub(r"\s+", " ", text)
     assert "Usage: python tune.py [SETTING=VALUE ...]" in words
