@@ -112,8 +112,7 @@ def test_the_other_rule_is_a_real_mismatch(make):
         replace(adapter, settings=without).drawn()
 
 
-def test_only_what_is_drawn_again_has_a_rule(make):
-    assert "drawing_rule" not in make("tied_lora", preset="TL6").settings
+def test_what_is_stored_is_not_drawn_again(make):
     assert make("tied_lora", preset="TL1").settings["drawing_rule"] == 2
     stored = make("vera", store_frozen=True)
     assert torch.equal(replace(stored, tensors=stored.tensors | {"attention_qkv.A": torch.ones(4, 32)})
