@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from nemo_tiedlora import __version__
-from nemo_tiedlora.variants import SCHEMES
+from nemo_tiedlora.variants import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -50,8 +50,8 @@ def test_the_version_is_the_same_in_every_file():
 
 def test_every_method_names_its_paper_and_the_citation_has_it():
     cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    for _, _, method in SCHEMES.values():
-        first = sys.modules[method.__module__].__doc__.splitlines()[0]
+    for method in METHODS.values():
+        first = sys.modules[method.variant.__module__].__doc__.splitlines()[0]
         assert re.search(r"\(.*\b(arXiv:\d{4}\.\d{5}|no arXiv id)\b", first), first
         for number in re.findall(r"arXiv:\d{4}\.\d{5}", first):
             assert number in cited
