@@ -150,6 +150,7 @@ def mine(whole, key, rank, ranks, turned=False):
     column = target not in ("attention_dense", "mlp_fc2")
     axis = {
         ("B", True): 0, ("v", True): 0, ("m", True): 0, ("theta_A", True): 0, ("A", False): 1, ("theta_B", False): 0,
+        ("columns_B", True): 0, ("columns_A", False): 1,
     }.get((part, column))  # fmt: skip
     if axis is None or ranks == 1:
         return whole
@@ -196,7 +197,7 @@ def test_what_several_ranks_hold_is_equal_to_the_bit(trained, layout, name):
             if replicated or one % tensor_ranks == other % tensor_ranks:
                 assert torch.equal(first["tensors"][key], second["tensors"][key]), key
                 compared += 1
-    per_layer = layout == "PP2" and name in ("LoRA",)  # nothing is on two stages
+    per_layer = layout == "PP2" and name in ("LoRA", "LoRA-XS")  # nothing is on two stages
     assert compared or per_layer
 
 
