@@ -12,6 +12,8 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from nemo_tiedlora.parallel.cut import has_parts
+
 State = dict[str, Any]
 
 
@@ -96,7 +98,7 @@ def _joined(model, shares: dict[str, _Share]) -> dict[str, State]:
         for key, (start, end, whole, state) in rank.items():
             known = joined.setdefault(key, {})
             for name, value in state.items():
-                if _is_cut(value):
+                if has_parts(value):
                     known.setdefault(name, value.new_empty(whole)).view(-1)[start:end] = value.view(-1)
                 else:
                     known[name] = value
@@ -104,11 +106,7 @@ def _joined(model, shares: dict[str, _Share]) -> dict[str, State]:
 
 
 def _cut(value: Any, share: _Share) -> Any:
-    return value.reshape(-1)[share.start : share.end].view_as(share.main) if _is_cut(value) else value
-
-
-def _is_cut(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
+    return value.reshape(-1)[share.start : share.end].view_as(share.main) if has_parts(value) else value
 
 
 def settings_of(group: dict[str, Any]) -> dict[str, Any]:

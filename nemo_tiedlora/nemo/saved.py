@@ -22,7 +22,7 @@ from nemo_tiedlora.nemo.inputs import check_shape
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.nemo.targets import TARGETS, blocks
-from nemo_tiedlora.parallel.cut import cut, join, tensor_ranks
+from nemo_tiedlora.parallel.cut import cut, has_parts, join, tensor_ranks
 from nemo_tiedlora.variants import Site, TensorSpec
 
 
@@ -61,7 +61,7 @@ def whole(model: NLPAdapterModelMixin, scheme: str, values: dict[str, dict[str, 
         spec, site = specs[key]
         layout = TARGETS[site.target].parallel, blocks(site.target, model.cfg)
         stage[key] = {
-            name: join([values[key][name] for values in by_tensor_rank], spec, *layout) if _is_joined(value) else value
+            name: join([values[key][name] for values in by_tensor_rank], spec, *layout) if has_parts(value) else value
             for name, value in named.items()
         }
     stages = _all(stage, parallel_state.get_pipeline_model_parallel_group())
@@ -70,7 +70,7 @@ def whole(model: NLPAdapterModelMixin, scheme: str, values: dict[str, dict[str, 
 
 def part(model: NLPAdapterModelMixin, scheme: str, key: str, value: Any) -> Any:
     """What this rank holds of one of ``whole``'s values."""
-    if not _is_joined(value):
+    if not has_parts(value):
         return value
     spec, site = _specs(model, scheme)[key]
     return cut(value, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), *tensor_ranks())
@@ -96,10 +96,6 @@ def _bare(name: str) -> str:
 def _specs(model: NLPAdapterModelMixin, scheme: str) -> dict[str, tuple[TensorSpec, Site]]:
     variant = model.adaptations[scheme].bank.variant
     return specs_of(variant, sites(variant.config, model.cfg))
-
-
-def _is_joined(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def _on_cpu(value: Any) -> Any:

@@ -6,6 +6,8 @@ A tensor is cut along the axis that its layer shards, if it has that axis, and i
     row-parallel (proj, fc2):   W is cut along ``in``,  so A and θ_B are;       B, v, u and θ_A are replicated
 """
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -40,6 +42,11 @@ def join(parts: list[torch.Tensor], spec: TensorSpec, parallel: str, blocks: int
     axis = spec.axes.index(sharded)
     pieces = [part.chunk(blocks, axis) for part in parts]
     return torch.cat([piece[block] for block in range(blocks) for piece in pieces], axis)
+
+
+def has_parts(value: Any) -> bool:
+    """Whether ranks can hold parts of a value: a tensor's, or an optimizer's of the same shape; a counter has none."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
 
 
 def mark(parameter: nn.Parameter, spec: TensorSpec, parallel: str) -> None:
