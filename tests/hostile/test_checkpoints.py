@@ -26,13 +26,17 @@ from nemo_tiedlora.errors import UsageError
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"
 KEY, STAGE = "attention_qkv.A", "attention_qkv.0.u"
+#: The names of runs, and what is trained how; a scheme is the name of one with nothing else.
+KINDS = {"lora in bfloat16": ("lora", "trainer.precision=bf16", "model.megatron_amp_O2=true")}
 CALL = files.calls(CANARY)["os.system"]
 NAN, INFINITE = float("nan"), float("inf")
 
 
-def settings(folder: Path, scheme: str) -> list[str]:
+def settings(folder: Path, kind: str) -> list[str]:
     """Of a small run of two steps."""
+    scheme, *more = KINDS.get(kind, (kind,))
     return [
+        *more,
         f"model.peft.peft_scheme={scheme}",
         "trainer.max_steps=2",
         "trainer.val_check_interval=2",
@@ -50,7 +54,7 @@ def settings(folder: Path, scheme: str) -> list[str]:
 class Run:
     """A run that has ended but for its summary: its model, its trainer and its last checkpoint."""
 
-    def __init__(self, folder: Path, scheme: str):
+    def __init__(self, folder: Path, kind: str):
         from hydra import compose, initialize_config_dir
 
         from nemo_tiedlora.nemo import model
@@ -64,10 +68,10 @@ class Run:
 
             return built
 
-        self.folder, self.scheme = folder, scheme
+        self.folder = folder
         prepare_hydra()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("megatron_gpt_finetuning_config", overrides=settings(folder, scheme))
+            cfg = compose("megatron_gpt_finetuning_config", overrides=settings(folder, kind))
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(model, "build_model", kept(model.build_model))
             finetune(cfg).unlink()
@@ -98,14 +102,14 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Runs by scheme, made when asked for."""
+    """Runs by kind, made when asked for."""
     with platform.host(), toy.clean_megatron():
         made = {}
 
-        def of(scheme: str) -> Run:
-            if scheme not in made:
-                made[scheme] = Run(tmp_path_factory.mktemp(scheme), scheme)
-            return made[scheme]
+        def of(kind: str) -> Run:
+            if kind not in made:
+                made[kind] = Run(tmp_path_factory.mktemp(kind.replace(" ", "-")), kind)
+            return made[kind]
 
         yield of
 
@@ -344,6 +348,33 @@ def nemos_cases():
     yield "a missing state of an optimizer", drop("optimizer_states"), "optimizer_states must be"
 
 
+def copies_cases():
+    """Of a checkpoint in bfloat16: the float32 copies of what is trained, beside the optimizer's own state."""
+
+    where = ("optimizer_states", 0, "fp32_from_fp16_params")
+    one = "fp32_from_fp16_params.0.0"
+
+    def copy(change):
+        return put(change, *where, 0, 0)
+
+    def under_the_former_name(content):
+        groups = content["optimizer_states"][0].pop(where[-1])
+        content["optimizer_states"][0]["fp32_from_fp16"] = [[copy * NAN for copy in group] for group in groups]
+
+    yield "NaN in a copy", copy(filled(NAN)), f"{one} has NaN or infinity"
+    yield "infinity in the last copy", put(filled(INFINITE), *where, -1, -1), "has NaN or infinity"
+    yield "a copy of one column", copy(lambda tensor: tensor[..., :1]), f"{one} has shape"
+    yield "a copy with fewer bits", copy(lambda tensor: tensor.bfloat16()), "torch.bfloat16 instead of torch.float32"
+    yield "a copy of words", copy("x"), f"{one} is str"
+    yield "a copy of a terabyte", copy(huge(2**20, 2**20)), f"{one} has shape (1048576, 1048576)"
+    yield "a missing copy", put(lambda group: group[1:], *where, 0), "fp32_from_fp16_params must hold ["
+    yield "a group too many", put(lambda groups: [*groups, groups[0]], *where), "fp32_from_fp16_params must hold ["
+    yield "copies of words", put("x", *where), "fp32_from_fp16_params must hold lists"
+    yield "groups of words", put(["x"], *where), "fp32_from_fp16_params must hold lists"
+    yield "no copies", drop(*where), "fp32_from_fp16_params must hold lists"
+    yield "NaN under their former name", changed(under_the_former_name), f"{one} has NaN or infinity"
+
+
 def named(cases, *marks):
     return [pytest.param(bad, word, id=name, marks=marks) for name, bad, word in cases]
 
@@ -363,6 +394,11 @@ def test_a_checkpoint_of_ours(run, bad, word, tmp_path):
 @pytest.mark.parametrize(("bad", "word"), [*named(any_file_cases(), pytest.mark.thorough), *named(nemos_cases())])
 def test_a_checkpoint_of_a_method_of_nemos(run, bad, word, tmp_path):
     refused(run("lora"), bad, word, tmp_path)
+
+
+@pytest.mark.parametrize(("bad", "word"), named(copies_cases()))
+def test_a_checkpoint_in_bfloat16(run, bad, word, tmp_path):
+    refused(run("lora in bfloat16"), bad, word, tmp_path)
 
 
 def of_a_piece(change):
