@@ -50,14 +50,15 @@ def assert_same(ours, reference):
             assert torch.equal(ours[name], value) if isinstance(value, torch.Tensor) else ours[name] == value, name
 
 
-#: A short run of the built-in task with an optimizer state, dropout and validations to lose.
+#: A short run of the built-in task with an optimizer state, dropout and validations to lose; a checkpoint every few
+#: steps, so that some kills hit one; and one folder, so that all runs are one.
 SHORT = (
-    "trainer.max_steps=60",
-    "trainer.val_check_interval=20",
+    "trainer.val_check_interval=5",
     "trainer.limit_val_batches=1",
     "model.data.validation_ds.metric.name=loss",
+    "exp_manager.exp_dir=runs",
+    "exp_manager.name=run",
 )
-
 
 TIED = ("model.peft.peft_scheme=tied_lora", "model.peft.tied_lora_tuning.dropout=0.1")
 DYNAMIC = (
@@ -68,59 +69,63 @@ DYNAMIC = (
 )
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """``whole(*overrides)`` → the last checkpoint of a run that nothing disturbed, made once."""
+    made = {}
+
+    def of(*overrides):
+        if overrides not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            code, _, err = run(folder, *overrides)
+            assert code == 0, err[-2000:]
+            made[overrides] = last_checkpoint(folder)
+        return made[overrides]
+
+    return of
+
+
 @pytest.mark.parametrize(("signum", "scheme"), [(signal.SIGINT, TIED), (signal.SIGTERM, DYNAMIC)])
-def test_an_interrupted_run_continues_to_the_same_result(tmp_path, signum, scheme):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "cut").mkdir()
-    assert run(tmp_path / "whole", *SHORT, *scheme)[0] == 0
-    cut = start(tmp_path / "cut", *SHORT, *scheme)
+def test_an_interrupted_run_continues_to_the_same_result(tmp_path, whole, signum, scheme):
+    settings = (*SHORT, *scheme, "trainer.max_steps=40")
+    reference = whole(*settings)
+    cut = start(tmp_path, *settings)
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "cut").rglob("*step=20*.ckpt")) and time.monotonic() < deadline:
+    while not list(tmp_path.rglob("*step=10*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.05)
     cut.send_signal(signum)
     code, out, err = cut.finish()
     assert code == 128 + signum, err[-2000:]
     assert "The same command continues from there." in out
-    step = last_checkpoint(tmp_path / "cut")["global_step"]
-    assert 20 <= step < 60
-    code, out, err = run(tmp_path / "cut", *SHORT, *scheme)
+    assert 10 <= last_checkpoint(tmp_path)["global_step"] < 40
+    code, out, err = run(tmp_path, *settings)
     assert code == 0, err[-2000:]
     assert "resuming from" in out
-    ours, reference = last_checkpoint(tmp_path / "cut"), last_checkpoint(tmp_path / "whole")
-    assert ours["global_step"] == reference["global_step"] == 60
+    ours = last_checkpoint(tmp_path)
+    assert ours["global_step"] == reference["global_step"] == 40
     assert_same(ours["adapters"], reference["adapters"])
-    assert summary(out, tmp_path / "cut")["steps"] == 60
+    assert summary(out, tmp_path)["steps"] == 40
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(2, 40), pytest.param(20, 300, marks=pytest.mark.thorough)])
-def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path, kills, steps):
+def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path, whole, kills, steps):
     """kill -9: while it starts, trains, validates or saves; what is left always continues to the same end."""
-
-    # A checkpoint every few steps, so that some kills hit one; and one folder, so that all runs are one.
-    often = (
-        f"trainer.max_steps={steps}",
-        "trainer.val_check_interval=5",
-        "exp_manager.exp_dir=runs",
-        "exp_manager.name=run",
-    )
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "cut").mkdir()
-    code, _, err = run(tmp_path / "whole", *SHORT, *TIED, *often)
-    assert code == 0, err[-2000:]
+    settings = (*SHORT, *TIED, f"trainer.max_steps={steps}")
+    reference = whole(*settings)
     moments = random.Random(0)
     for _ in range(kills):
-        known = checkpoints(tmp_path / "cut")
-        cut = start(tmp_path / "cut", *SHORT, *TIED, *often)
+        known = checkpoints(tmp_path)
+        cut = start(tmp_path, *settings)
         deadline = time.monotonic() + 120
-        while checkpoints(tmp_path / "cut") == known and cut.poll() is None and time.monotonic() < deadline:
+        while checkpoints(tmp_path) == known and cut.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.4))
         assert cut.poll() is None, "the run was over before it could be killed"
         cut.send_signal(signal.SIGKILL)
         cut.finish()
-    code, out, err = run(tmp_path / "cut", *SHORT, *TIED, *often)
+    code, out, err = run(tmp_path, *settings)
     assert code == 0, err[-2000:]
-    assert_same(last_checkpoint(tmp_path / "cut")["adapters"], last_checkpoint(tmp_path / "whole")["adapters"])
+    assert_same(last_checkpoint(tmp_path)["adapters"], reference["adapters"])
 
 
 def checkpoints(folder):
@@ -192,6 +197,7 @@ def test_groups_are_found_first_and_modules_take_turns(tmp_path):
         "model.peft.dyna_lora_tuning.inner=share_lora",
         f"model.peft.dyna_lora_tuning.settings={{groups: {calibration}}}",
         "model.peft.dyna_lora_tuning.period=5",
+        *SHORT,
         "trainer.max_steps=12",
         "trainer.val_check_interval=12",
     )
@@ -211,7 +217,7 @@ def test_groups_are_found_first_and_modules_take_turns(tmp_path):
 
 def test_training_goes_on_from_a_saved_adapter_with_its_settings(tmp_path):
     first = ("model.peft.tied_lora_tuning.rank=4", "model.peft.tied_lora_tuning.preset=TL2")
-    steps = ("trainer.max_steps=20", "trainer.val_check_interval=20", "model.data.validation_ds.metric.name=loss")
+    steps = (*SHORT, "trainer.max_steps=10", "trainer.val_check_interval=10")
     code, out, err = run(tmp_path, *first, *steps)
     assert code == 0, err[-2000:]
     trained = summary(out, tmp_path)
@@ -224,7 +230,7 @@ def test_training_goes_on_from_a_saved_adapter_with_its_settings(tmp_path):
 
 
 def test_verbose_brings_the_log_of_nemo_back(tmp_path):
-    code, out, err = run(tmp_path, "verbose=true", "trainer.max_steps=2", "trainer.val_check_interval=2")
+    code, out, err = run(tmp_path, *SHORT, "verbose=true", "trainer.max_steps=2", "trainer.val_check_interval=2")
     assert code == 0, err[-2000:]
     assert "NeMo I" in out
 
