@@ -29,7 +29,7 @@ MODEL = OmegaConf.create(
 
 
 def of_axes(*axes):
-    return TensorSpec("key", axes, Init("zeros"), True, "")
+    return TensorSpec("key", axes, Init("normal"), True, "")
 
 
 @pytest.mark.parametrize("ranks", RANKS)
