@@ -7,6 +7,7 @@ a file that names anything else is refused before anything of it is done.
 import io
 import json
 import pickle
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict, defaultdict
@@ -43,7 +44,7 @@ SAFE = (*CONFIGS, OrderedDict, defaultdict, io.BytesIO, dict, list, int, (Any, "
 #: What reading a damaged file ends in.
 DAMAGED = (
     RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, MemoryError,
-    RecursionError, AssertionError, NotImplementedError, zipfile.BadZipFile,
+    RecursionError, AssertionError, NotImplementedError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
 
 
