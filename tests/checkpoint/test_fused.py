@@ -74,8 +74,8 @@ def test_lengths_of_rows_are_those_of_the_matrix_inside(make):
         assert torch.equal(merged[target], before[target])
 
 
-#: NeMo's name of an adapter, and the axes along which it cuts its A and its B; the fused gate and up projection's
-#: outputs are added to those of the layer on the same rank.
+#: NeMo's name of an adapter, and the axis along which it cuts its A. Its B is cut along ``out``; a gated fc1's has gate
+#: and up on every rank, as the layer that its outputs are added to.
 NEMOS = {
     "attention_qkv": ("self_attention.adapter_layer.lora_kqv_adapter", 0),
     "attention_dense": ("self_attention.adapter_layer.lora_dense_attention_adapter", 1),
