@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.errors import UsageError
 
 
@@ -31,7 +31,8 @@ def measure(active: int, inner: str, layers: int, width: int, tokens: int, rank:
     for layer in model:
         layer.append(nn.Linear(width, width, device=device))
     settings = {"inner": inner, "active": active, "rank": rank, "allocator": "random", "period": 10**9}
-    variants.attach(model, variants.config_for("dyna_lora", settings), ["0"])
+    adapter = attach(model, "dyna_lora", ["0"], **settings)
+    adapter.attach_to(torch.optim.SGD(adapter.parameter_groups(lr=0.0)))
     x = torch.randn(tokens, width, device=device, requires_grad=True)  # as after a layer below
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

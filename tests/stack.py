@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from nemo_tiedlora import variants
-
 
 class Layers(nn.Module):
     """A stack of rectangular projections, each back to the input's width by a fixed slice."""
@@ -22,12 +20,15 @@ class Layers(nn.Module):
         return x
 
 
-def train(model, steps=60, lr=1e-2):
-    """A few AdamW steps on a fixed regression; returns the losses."""
+def train(model, steps=60, lr=1e-2, adapter=None):
+    """A few AdamW steps on a fixed regression, attached to the adapter if it is given; returns the losses."""
     torch.manual_seed(0)
     dtype = next(model.parameters()).dtype
     x, target = torch.randn(16, 6, dtype=dtype), torch.rand(16, 6, dtype=dtype)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
+    parameters = adapter.parameter_groups() if adapter else [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    if adapter:
+        adapter.attach_to(optimizer)
     losses = []
     for _ in range(steps):
         loss = (model(x) - target).square().mean()
@@ -38,8 +39,9 @@ def train(model, steps=60, lr=1e-2):
     return losses
 
 
-def follows(model, named, reference):
+def follows(adapter, reference):
     """Check an adapted model against a plain autograd reference, and its merged weights; return the trained keys."""
+    model, named = adapter.model, adapter.named_tensors()
     x = torch.randn(4, 6, dtype=torch.float64)
     y = model(x)
     y.square().sum().backward()
@@ -50,5 +52,5 @@ def follows(model, named, reference):
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     for key, gradient in ours.items():
         torch.testing.assert_close(gradient, named[key].grad, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(variants.merge(model)(x), y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(adapter.merge()(x), y, rtol=1e-10, atol=1e-10)
     return set(ours)

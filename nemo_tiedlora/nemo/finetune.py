@@ -327,7 +327,9 @@ def _exported(trainer, model, facts) -> Path | None:
 
 def _write_allocations(model, folder: Path) -> None:
     """DynaLoRA: who was active when, for ``tiedlora analyze allocation``."""
-    for adapted in model.__dict__.get("adaptations", {}).values():
+    from nemo_tiedlora.nemo.adaptations import Adaptations
+
+    for adapted in Adaptations.of(model).values():
         if isinstance(adapted.bank.variant, Dynamic):
             write_text(folder / "allocations.json", json.dumps(adapted.bank.variant.history(), indent=1) + "\n")
 

@@ -1,9 +1,7 @@
 """Where NeMo's models meet the schemes: its PEFT map, its adapter registry, and how its models train and save."""
 
 from functools import partial, partialmethod
-from typing import Any
 
-from lightning.pytorch import Callback
 from nemo.collections.nlp.models.language_modeling import megatron_gpt_sft_model
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
 from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy, NLPSaveRestoreConnector
@@ -11,13 +9,13 @@ from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
 from nemo.core.classes.mixins.adapter_mixins import get_registered_adapter, register_adapter
 
 from nemo_tiedlora.nemo import resume, saved
+from nemo_tiedlora.nemo.adaptations import Adaptations
 from nemo_tiedlora.nemo.chat import ChatDataset
 from nemo_tiedlora.nemo.datasets import TemplateDataset
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
-from nemo_tiedlora.nemo.optimizer_states import inner, trained
 from nemo_tiedlora.nemo.parallel_adapter import ParallelAdapterPEFTConfig
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
-from nemo_tiedlora.variants import METHODS, Conductor, Dynamic, param_groups
+from nemo_tiedlora.variants import METHODS
 
 
 def register_schemes() -> None:
@@ -56,10 +54,10 @@ def _setup_optimizer_param_groups(self, stock):
     """Our tensors in the groups that their methods want; everything once, though NeMo lists what is inside another
     adapted module twice."""
     stock(self)
-    adaptations = self.__dict__.get("adaptations", {})
+    adaptations = Adaptations.of(self)
     if not adaptations:
         return
-    ours = [group for scheme, adapted in adaptations.items() for group in param_groups(adapted.bank, scheme)]
+    ours = adaptations.parameter_groups()
     placed = {id(tensor) for group in ours for tensor in group["params"]}
     others = {id(p): p for group in self._optimizer_param_groups for p in group["params"] if id(p) not in placed}
     rest = [{"params": list(others.values())}] if others or not ours else []  # a stage may train nothing
@@ -78,56 +76,4 @@ def _on_load_checkpoint(self, stock, checkpoint):
 def _configure_callbacks(self):
     """Lightning asks before every fit, test and validation; what is there already keeps its state."""
     callbacks = list(super(NLPAdapterModelMixin, self).configure_callbacks())
-    if self.__dict__.get("adaptations"):
-        callbacks.append(self.__dict__.setdefault("conducting", Conducting()))
-    return callbacks
-
-
-def _finish_grad_sync(stock, adaptations):
-    """Before Megatron's distributed optimizer reduces gradients, each data-parallel rank keeping a share of them."""
-    for adapted in adaptations.values():
-        tensors = {key: tensor for key, (_, tensor) in adapted.bank.trained().items()}
-        adapted.synchroniser(tensors, attribute="main_grad")
-    stock()
-
-
-class Conducting(Callback):
-    """Makes gradients whole and every optimizer step the methods', and keeps their state in checkpoints."""
-
-    def __init__(self):
-        self.conductors: dict[str, Conductor] = {}
-        self._loaded: dict[str, Any] = {}
-
-    def on_train_start(self, trainer, model):
-        if model.use_mcore_dist_optim:  # settings that need a conductor were refused
-            for chunk in model.model:
-                chunk.finish_grad_sync = partial(_finish_grad_sync, chunk.finish_grad_sync, model.adaptations)
-            return
-        for scheme, adapted in model.adaptations.items():
-            self.conductors[scheme] = Conductor(inner(trainer), adapted.bank.variant, scheme, adapted.ranks)
-            if scheme in self._loaded:
-                self.conductors[scheme].load_state_dict(self._loaded[scheme])
-
-    def on_before_optimizer_step(self, trainer, model, optimizer):
-        """After NeMo has averaged gradients over data-parallel ranks, before it clips them."""
-        if model.use_mcore_dist_optim:
-            return
-        for scheme, adapted in model.adaptations.items():
-            variant = adapted.bank.variant
-            tensors = {key: tensor for key, _, tensor in trained(inner(trainer), scheme)}
-            adapted.synchroniser(tensors, variant.active_keys() if isinstance(variant, Dynamic) else None)
-
-    def on_exception(self, trainer, model, exception):
-        self.on_train_end(trainer, model)
-
-    def on_train_end(self, trainer, model):
-        for chunk in model._unwrap_model_list():
-            vars(chunk).pop("finish_grad_sync", None)
-        for conductor in self.conductors.values():
-            conductor.leave()
-
-    def state_dict(self):
-        return {scheme: conductor.state_dict() for scheme, conductor in self.conductors.items()}
-
-    def load_state_dict(self, state):
-        self._loaded = state
+    return [*callbacks, self.adaptations.callback] if Adaptations.of(self) else callbacks

@@ -1,6 +1,6 @@
 """What an optimizer keeps of an adapter's tensors, by their keys: float32 copies, moments, settings of their groups.
 
-NeMo has two kinds of optimizer here: those whose groups are ours (``variants.param_groups``), perhaps with a wrapper
+NeMo has two kinds of optimizer here: those whose groups are ours (``attach.parameter_groups``), perhaps with a wrapper
 that keeps float32 copies; and Megatron's distributed one, which makes groups of its own and gives each data-parallel
 rank a share of every tensor.
 """
@@ -21,6 +21,19 @@ def inner(trainer) -> torch.optim.Optimizer:
     """The optimizer itself: NeMo wraps it to keep float32 copies."""
     optimizer = trainer.optimizers[0]
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def stepping(trainer) -> torch.optim.Optimizer:
+    """The torch optimizer whose steps are the run's: itself, or the first inside Megatron's distributed one."""
+    optimizer = inner(trainer)
+    if not hasattr(optimizer, "mcore_optimizer"):
+        return optimizer
+    return next(one.optimizer for one in _chained(optimizer) if not one.is_stub_optimizer)
+
+
+def _chained(optimizer: torch.optim.Optimizer) -> list:
+    distributed = optimizer.mcore_optimizer
+    return getattr(distributed, "chained_optimizers", [distributed])
 
 
 def trained(optimizer: torch.optim.Optimizer, scheme: str) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
@@ -77,8 +90,7 @@ class _Share:
 
 
 def _shares(model, scheme: str) -> Iterator[tuple[str, _Share]]:
-    chained = inner(model.trainer).mcore_optimizer
-    for distributed in getattr(chained, "chained_optimizers", [chained]):
+    for distributed in _chained(inner(model.trainer)):
         for key, (_, parameter) in model.adaptations[scheme].bank.trained().items():
             if parameter in distributed.model_param_gbuf_map:
                 yield key, _Share(distributed, parameter)

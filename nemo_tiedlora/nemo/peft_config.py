@@ -1,7 +1,6 @@
 """The schemes as NeMo PEFT configs."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModelMixin
@@ -9,6 +8,7 @@ from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.adaptations import Adaptation, Adaptations
 from nemo_tiedlora.nemo.adapter import FactorAdapter, adapter_config
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
 from nemo_tiedlora.nemo.sizes import sites
@@ -18,15 +18,6 @@ from nemo_tiedlora.parallel.exchange import agreed
 from nemo_tiedlora.parallel.scores import Ranks
 from nemo_tiedlora.parallel.synchronise import Synchroniser, partial
 from nemo_tiedlora.variants import Bank, Dynamic, Site, Variant, build, config_for
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """One scheme on one model: its tensors, and how the ranks keep them one."""
-
-    bank: Bank
-    synchroniser: Synchroniser
-    ranks: Ranks | None
 
 
 class FactorPEFTConfig(PEFTConfig):
@@ -95,8 +86,8 @@ class FactorPEFTConfig(PEFTConfig):
         synchroniser = Synchroniser({key: tensor.numel() for key, tensor in trained.items()}, partials)
         for key in synchroniser.counted_elsewhere:
             trained[key].shared = True  # Megatron's name for it
-        adaptation = Adaptation(bank, synchroniser, _ranks(self.variant, modules, model.cfg))
-        model.__dict__.setdefault("adaptations", {})[self.scheme] = adaptation
+        model.adaptations = Adaptations.of(model)
+        model.adaptations[self.scheme] = Adaptation(bank, synchroniser, _ranks(self.variant, modules, model.cfg))
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
             record = {"checksums": bank.checksums, "drawing_rule": self.config.drawing_rule, **self.variant.decided()}

@@ -18,6 +18,7 @@ from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.pickles import as_it_is, is_trusted
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.nemo.adaptations import Adaptations
 from nemo_tiedlora.nemo.inputs import check_shape
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.nemo.sizes import sites
@@ -78,7 +79,7 @@ def part(model: NLPAdapterModelMixin, scheme: str, key: str, value: Any) -> Any:
 
 def only_ours(model: NLPAdapterModelMixin) -> bool:
     """Whether the model is a base with adapters of ours, and trains nothing else on this stage."""
-    adaptations = model.__dict__.get("adaptations", {})
+    adaptations = Adaptations.of(model)
     if not adaptations or not model.setup_complete:
         return False
     ours = {id(tensor) for adapted in adaptations.values() for tensor in adapted.bank.named_tensors().values()}

@@ -1,6 +1,5 @@
 """The methods: where a layer's low-rank factors come from. Plain torch; nothing here knows NeMo or process groups."""
 
-from nemo_tiedlora.variants.attach import attach, merge
 from nemo_tiedlora.variants.bank import Bank
 from nemo_tiedlora.variants.base import Count, Factors, FrozenWeight, Site, TensorSpec, Variant, count, merged
 from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
@@ -8,7 +7,6 @@ from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.dynamic import Dynamic, DynamicConfig
 from nemo_tiedlora.variants.frozen import checksum
 from nemo_tiedlora.variants.init import Init
-from nemo_tiedlora.variants.optimize import Conductor, param_groups
 from nemo_tiedlora.variants.registry import METHODS, Method, build, config_for
 from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import PRESETS, Tied, TiedConfig
@@ -19,7 +17,6 @@ __all__ = [
     "Bank",
     "Conditional",
     "ConditionalConfig",
-    "Conductor",
     "Count",
     "Dynamic",
     "DynamicConfig",
@@ -35,12 +32,9 @@ __all__ = [
     "TiedConfig",
     "Variant",
     "VariantConfig",
-    "attach",
     "build",
     "checksum",
     "config_for",
     "count",
-    "merge",
     "merged",
-    "param_groups",
 ]

@@ -115,7 +115,7 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
     if "save" in case:
         model.setup_complete = True  # from here on NeMo saves the adapter, not the model
         model.save_to(case["save"])
-    for adapted in model.__dict__.get("adaptations", {}).values():
+    for adapted in getattr(model, "adaptations", {}).values():
         record["tensors"] = {
             key: tensor.detach().float().clone() for key, tensor in adapted.bank.named_tensors().items()
         }

@@ -162,6 +162,32 @@ def test_megatrons_distributed_optimizer_trains(finetuning):
     assert sum(losses[-8:]) < sum(losses[:8])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "mcore_distributed_optim"])
+def test_factors_formed_once_per_step_follow_copies_that_an_optimizer_trains(finetuning, optimizer):
+    """It writes its bfloat16 model's tensors behind autograd's back."""
+    from lightning.pytorch import Callback
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer, model, *_):
+            adapter = layer.adapter_layer["cond_lora_attention_qkv"]
+            theta = model.adaptations["cond_lora"].bank.named_tensors()["attention_qkv.theta_B"].detach()
+            seen.append(theta.clone())
+            with torch.no_grad():
+                torch.testing.assert_close(adapter.factors().B, layer.weight.detach() @ theta)
+
+    seen = []
+    model, trainer = finetuning(
+        peft_scheme="cond_lora",
+        cond_lora_tuning={"rank": 4},
+        trainer={"max_steps": 3, "precision": "bf16"},
+        model={"megatron_amp_O2": True, "optim": toy.OPTIM | {"name": optimizer}},
+    )
+    layer = model._unwrap_layers_model_list()[1].self_attention.linear_qkv
+    trainer.callbacks.append(Compare())
+    trainer.fit(model)
+    assert len(seen) == 3 and not torch.equal(seen[1], seen[2])
+
+
 @pytest.mark.parametrize(
     ("scheme", "settings", "field"), [("dyna_lora", {}, "model.optim.name"), ("tied_lora", {"lr_ratio": 2}, "lr_ratio")]
 )
@@ -386,7 +412,7 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
     from omegaconf import OmegaConf
     from stack import Layers, follows
 
-    from nemo_tiedlora import register, variants
+    from nemo_tiedlora import attach, register
     from nemo_tiedlora.nemo.sizes import sizes
     from nemo_tiedlora.variants import METHODS, config_for
 
@@ -400,8 +426,8 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
         config = config_for("core_lora", {"rank": 2, "alpha": 3.0, "std_R": 0.5})
         torch.manual_seed(0)
         model = Layers()
-        bank = variants.attach(model, config, ["qkv"])
-        named = bank.named_tensors()
+        adapter = attach(model, config, ["qkv"])
+        named = adapter.named_tensors()
 
         def reference(x):
             for number, layer in enumerate(model.layers):
@@ -410,7 +436,7 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
                 x = torch.tanh((x @ base.weight.T + base.bias + 1.5 * h)[..., :6])
             return x
 
-        assert follows(model, named, reference) == {f"qkv.{number}.R" for number in range(3)}
+        assert follows(adapter, reference) == {f"qkv.{number}.R" for number in range(3)}
         llama = {"num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 11008, "num_attention_heads": 32}
         assert sizes(config_for("core_lora", {}), OmegaConf.create(llama)).trainable == 2048
         for scheme, settings in (("core_lora", {"dora": True}), ("dyna_lora", {"inner": "core_lora"})):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from stack import Layers, follows, train
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import ConditionalConfig, Site, build, count
 
@@ -17,11 +17,11 @@ def test_roberta_base_query_and_value_have_the_published_count():
 def randomised(groups=None, layers=3, out=10, **settings):
     torch.manual_seed(0)
     model = Layers(layers, out=out)
-    bank = variants.attach(model, ConditionalConfig(rank=2, alpha=3.0, groups=groups, **settings), ["qkv"])
+    adapter = attach(model, ConditionalConfig(rank=2, alpha=3.0, groups=groups, **settings), ["qkv"])
     with torch.no_grad():
-        for tensor in bank.named_tensors().values():
+        for tensor in adapter.named_tensors().values():
             tensor += torch.randn_like(tensor)
-    return model, bank.named_tensors()
+    return adapter, adapter.named_tensors()
 
 
 def reference(model, named, x, groups):
@@ -36,8 +36,8 @@ def reference(model, named, x, groups):
 
 @pytest.mark.parametrize("groups", [[], [[0, 2]]])
 def test_forward_gradients_and_merge_follow_the_equations(groups):
-    model, named = randomised(groups)
-    follows(model, named, lambda x: reference(model, named, x, groups))
+    adapter, named = randomised(groups)
+    follows(adapter, lambda x: reference(adapter.model, named, x, groups))
 
 
 def test_the_authors_orientation_is_of_the_turned_weight():
@@ -48,8 +48,8 @@ def test_the_authors_orientation_is_of_the_turned_weight():
             x = torch.tanh(x @ W.T + bias + 1.5 * (x @ A.T) @ B.T)
         return x
 
-    model, named = randomised(out=6, orientation="authors")
-    follows(model, named, lambda x: turned(model, named, x))
+    adapter, named = randomised(out=6, orientation="authors")
+    follows(adapter, lambda x: turned(adapter.model, named, x))
 
 
 def test_the_authors_orientation_is_for_square_weights():
@@ -58,8 +58,9 @@ def test_the_authors_orientation_is_for_square_weights():
 
 
 def test_micro_batches_reuse_the_factors_and_their_gradients_add_up():
-    model, named = randomised()
-    batches = torch.randn(3, 4, 6, dtype=torch.float64)
+    adapter, named = randomised()
+    model, batches = adapter.model, torch.randn(3, 4, 6, dtype=torch.float64)
+    adapter.attach_to(torch.optim.SGD(adapter.parameter_groups(), lr=0.1))
     formed = count_products(lambda: [model(batch).square().sum().backward() for batch in batches])
     once = count_products(lambda: model(batches[0]))
     assert formed > 0 and once == 0
@@ -100,20 +101,56 @@ class WritesData(torch.optim.Optimizer):
             parameter.data.mul_(1.5)
 
 
-@pytest.mark.parametrize("optimizer", [WritesData, lambda thetas: torch.optim.SGD(thetas, lr=0.1)])
-def test_an_optimizer_step_forms_them_anew(optimizer):
-    model, named = randomised()
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("optimizer", [WritesData, lambda thetas: torch.optim.AdamW(thetas, lr=0.1, fused=True)])
+def test_an_optimizer_step_forms_them_anew(optimizer, attached):
+    """Also where nobody counts steps, and whatever was formed for validation before and after."""
+    adapter, named = randomised()
+    model, x = adapter.model, torch.randn(4, 6, dtype=torch.float64)
+    optimizer = optimizer(named.values())
+    if attached:
+        adapter.attach_to(optimizer)
+
+    def validated():
+        with torch.no_grad():
+            outputs = [model(x), model(x)]
+        assert torch.equal(*outputs)
+        torch.testing.assert_close(outputs[0], reference(model, named, x, []), rtol=1e-10, atol=1e-10)
+        return outputs[0]
+
+    seen = [validated()]
+    for _ in range(2):
+        model(x).sum().backward()
+        validated()
+        optimizer.step()
+        seen.append(validated())
+        optimizer.zero_grad()
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_a_step_forms_those_of_layers_that_were_left_out_anew():
+    adapter, named = randomised()
+    optimizer = torch.optim.AdamW(named.values(), lr=0.1, fused=True)
     x = torch.randn(4, 6, dtype=torch.float64)
-    before = model(x)
-    before.sum().backward()
-    optimizer(named.values()).step()
-    after = model(x)
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, reference(model, named, x, []), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        adapter.model(x)
+    adapter.model.layers[0]["qkv"](x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.model(x), reference(adapter.model, named, x, []), rtol=1e-10, atol=1e-10)
+
+
+def test_generation_forms_them_once():
+    adapter, _ = randomised()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert count_products(lambda: adapter.model(x)) > 0 and count_products(lambda: adapter.model(x)) == 0
 
 
 def test_factors_formed_for_inference_can_be_trained_and_moved():
-    model, named = randomised()
+    adapter, named = randomised()
+    model = adapter.model
     x = torch.randn(4, 6, dtype=torch.float64)
     with torch.inference_mode():
         model(x)
@@ -127,7 +164,7 @@ def test_it_starts_from_the_base_and_learns():
     x = torch.randn(4, 6, dtype=torch.float64)
     before = model(x)
     frozen = [layer["qkv"].weight.clone() for layer in model.layers]
-    variants.attach(model, ConditionalConfig(rank=2), ["qkv"])
+    attach(model, ConditionalConfig(rank=2), ["qkv"])
     assert torch.equal(model(x), before)
     losses = train(model, steps=120, lr=3e-2)
     assert losses[-1] < 0.95 * losses[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from stack import Layers, train
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.variants import ConditionalConfig, DynamicConfig, SharedConfig, TiedConfig
 
 COMMON = {"rank": 2, "alpha": 3.0, "dora": True}
@@ -21,12 +21,12 @@ CONFIGS = {
 def adapted(config, randomised=True):
     torch.manual_seed(0)
     model = Layers()
-    bank = variants.attach(model, config, ["qkv"])
+    adapter = attach(model, config, ["qkv"])
     if randomised:
         with torch.no_grad():
-            for key, tensor in bank.named_tensors().items():
+            for key, tensor in adapter.named_tensors().items():
                 tensor += (0.1 if key.endswith(".m") else 1.0) * torch.rand_like(tensor)
-    return model, bank.named_tensors()
+    return adapter, adapter.named_tensors()
 
 
 def reference(model, named, x, config):
@@ -44,8 +44,9 @@ def reference(model, named, x, config):
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_forward_gradients_and_merge_follow_the_equation(method):
-    model, named = adapted(CONFIGS[method])
-    x = torch.randn(4, 6, dtype=torch.float64)
+    adapter, named = adapted(CONFIGS[method])
+    adapter.attach_to(torch.optim.SGD(adapter.parameter_groups(), lr=1.0))
+    model, x = adapter.model, torch.randn(4, 6, dtype=torch.float64)
     y = model(x)
     y.square().sum().backward()
     trained = {key: tensor for key, tensor in named.items() if tensor.requires_grad}
@@ -57,7 +58,7 @@ def test_forward_gradients_and_merge_follow_the_equation(method):
     for key, gradient in ours.items():
         torch.testing.assert_close(gradient, trained[key].grad, rtol=1e-10, atol=1e-10)
     assert {key for key in ours if key.endswith(".m")} == {f"qkv.{number}.m" for number in range(3)}
-    torch.testing.assert_close(variants.merge(model)(x), y, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(adapter.merge()(x), y, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -66,21 +67,22 @@ def test_it_starts_from_the_base_model(dtype):
     model = Layers(dtype=dtype)
     x = torch.randn(4, 6, dtype=dtype)
     before = model(x)
-    variants.attach(model, TiedConfig(rank=2, dora=True), ["qkv"])
+    attach(model, TiedConfig(rank=2, dora=True), ["qkv"])
     torch.testing.assert_close(model(x), before, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_training_lowers_the_loss(method):
-    model, _ = adapted(CONFIGS[method], randomised=False)
-    losses = train(model)
+    adapter, _ = adapted(CONFIGS[method], randomised=False)
+    losses = train(adapter.model, adapter=adapter)
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_agrees_with_hugging_face_dora():
     from peft import LoraConfig, get_peft_model
 
-    model, named = adapted(CONFIGS["LoRA"])
+    adapter, named = adapted(CONFIGS["LoRA"])
+    model = adapter.model
     torch.manual_seed(0)
     theirs = get_peft_model(Layers(), LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["qkv"]))
     with torch.no_grad():

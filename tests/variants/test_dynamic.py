@@ -9,9 +9,9 @@ import pytest
 import torch
 from stack import Layers
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants import Conductor, config_for, param_groups
+from nemo_tiedlora.variants import config_for
 from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules
 
 INNER = {
@@ -24,12 +24,12 @@ INNER = {
 
 
 def dynamic(lr=1e-2, **settings):
-    """A model with DynaLoRA, its bank, an optimizer and its conductor."""
+    """A model with DynaLoRA, its bank, an optimizer and the contract between them."""
     torch.manual_seed(0)
     model = Layers(6)
-    bank = variants.attach(model, config_for("dyna_lora", {"rank": 2, **settings}), ["qkv"])
-    optimizer = torch.optim.AdamW(param_groups(bank), lr=lr, weight_decay=0.0, eps=1e-30)
-    return model, bank, optimizer, Conductor(optimizer, bank.variant)
+    adapter = attach(model, "dyna_lora", ["qkv"], **{"rank": 2, **settings})
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr), weight_decay=0.0, eps=1e-30)
+    return model, adapter.bank, optimizer, adapter.attach_to(optimizer)
 
 
 def step(model, optimizer, seed=0, batches=1):
@@ -289,14 +289,14 @@ def test_a_resumed_run_ends_as_an_undisturbed_one():
     whole, bank, optimizer, _ = dynamic(**settings)
     for number in range(8):
         step(whole, optimizer, number)
-    first, first_bank, first_optimizer, conductor = dynamic(**settings)
+    first, first_bank, first_optimizer, contract = dynamic(**settings)
     for number in range(3):
         step(first, first_optimizer, number)
-    saved = json.loads(json.dumps(conductor.state_dict()))
-    second, second_bank, second_optimizer, conductor = dynamic(**settings)
+    saved = json.loads(json.dumps(contract.state_dict()))
+    second, second_bank, second_optimizer, contract = dynamic(**settings)
     second.load_state_dict(first.state_dict())
     second_optimizer.load_state_dict(first_optimizer.state_dict())
-    conductor.load_state_dict(saved)
+    contract.load_state_dict(saved)
     for number in range(3, 8):
         step(second, second_optimizer, number)
     for key, tensor in bank.named_tensors().items():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stack import Layers
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.variants import TiedConfig
 
 
@@ -35,7 +35,7 @@ def test_lora(both):
     from peft import LoraConfig, get_peft_model
 
     model, other, x, tensors = both
-    named = variants.attach(model, TiedConfig(preset="LoRA", rank=2, alpha=6.0), ["qkv"]).named_tensors()
+    named = attach(model, TiedConfig(preset="LoRA", rank=2, alpha=6.0), ["qkv"]).named_tensors()
     theirs = get_peft_model(other, LoraConfig(r=2, lora_alpha=6, target_modules=["qkv"])).double()
     layers = [layer["qkv"] for layer in other.layers]
     pairs = []
@@ -52,7 +52,7 @@ def test_vera(both):
     from peft import VeraConfig, get_peft_model
 
     model, other, x, tensors = both
-    named = variants.attach(model, TiedConfig(preset="VeRA", rank=2), ["qkv"]).named_tensors()
+    named = attach(model, TiedConfig(preset="VeRA", rank=2), ["qkv"]).named_tensors()
     theirs = get_peft_model(other, VeraConfig(r=2, target_modules=["qkv"], save_projection=True)).double()
     layers = [layer["qkv"] for layer in other.layers]
     pairs = []

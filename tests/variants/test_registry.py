@@ -12,7 +12,7 @@ import torch
 import yaml
 from stack import Layers
 
-from nemo_tiedlora import own_methods, variants
+from nemo_tiedlora import attach, own_methods
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import METHODS, Method, Site, Tied, TiedConfig, build, config_for
 from nemo_tiedlora.variants.base import Factors, Wrapper
@@ -129,7 +129,7 @@ def test_a_setting_of_its_own_is_checked_like_any_other(added):
         config_for("mine", {"wormth": 1})
     torch.manual_seed(0)
     model = Layers()
-    named = variants.attach(model, config, ["qkv"]).named_tensors()
+    named = attach(model, config, ["qkv"]).named_tensors()
     with torch.no_grad():
         named["qkv.B"].normal_()
     x = torch.randn(4, 6, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from stack import Layers, follows, train
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach, variants
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import SharedConfig, Site, TiedConfig, build, count
 
@@ -62,12 +62,12 @@ def test_forward_gradients_and_merge_follow_the_equation(groups, with_scales):
     torch.manual_seed(0)
     model = Layers(4)
     parts = ["A", "B", "u", "v"] if with_scales else ["A", "B"]
-    bank = variants.attach(model, SharedConfig(groups=groups, rank=2, alpha=3.0, train=parts), ["qkv"])
-    named = bank.named_tensors()
+    adapter = attach(model, SharedConfig(groups=groups, rank=2, alpha=3.0, train=parts), ["qkv"])
+    named = adapter.named_tensors()
     with torch.no_grad():
         for tensor in named.values():
             tensor += torch.randn_like(tensor)
-    follows(model, named, lambda x: reference(model, named, x, groups, 1.5, with_scales))
+    follows(adapter, lambda x: reference(model, named, x, groups, 1.5, with_scales))
 
 
 @pytest.mark.parametrize("parts", [["A", "B"], ["A", "B", "u", "v"]])
@@ -75,7 +75,7 @@ def test_it_starts_from_the_base_and_learns(parts):
     model = Layers(4)
     x = torch.randn(4, 6, dtype=torch.float64)
     before = model(x)
-    variants.attach(model, SharedConfig(rank=2, train=parts), ["qkv"])
+    attach(model, SharedConfig(rank=2, train=parts), ["qkv"])
     assert torch.equal(model(x), before)
     losses = train(model)
     assert losses[-1] < 0.9 * losses[0]

@@ -7,7 +7,7 @@ import torch
 from stack import Layers, follows
 from torch import nn
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach, variants
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import PRESETS, Bank, FrozenWeight, Site, TiedConfig, build, count
 
@@ -59,7 +59,7 @@ def test_tl5_has_the_same_share_at_every_rank(rank):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_parameters_on_the_meta_device_are_the_counted_ones(preset):
     model = Layers(32, 4096, 12288, torch.float32, "meta")
-    variants.attach(model, TiedConfig(preset=preset), ["qkv"])
+    attach(model, TiedConfig(preset=preset), ["qkv"])
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == PUBLISHED[preset]
 
 
@@ -88,12 +88,12 @@ def test_forward_gradients_and_merge_follow_the_equation(train, tie):
     torch.manual_seed(0)
     settings = {"train": train, "tie": tie, "rank": 2, "alpha": 3.0}
     model = Layers()
-    bank = variants.attach(model, TiedConfig(**settings), ["qkv"])
-    named = bank.named_tensors()
+    adapter = attach(model, TiedConfig(**settings), ["qkv"])
+    named = adapter.named_tensors()
     with torch.no_grad():
         for tensor in named.values():
             tensor += torch.randn_like(tensor)
-    trained = follows(model, named, lambda x: reference(model, named, x, settings, 2))
+    trained = follows(adapter, lambda x: reference(model, named, x, settings, 2))
     assert {key.rpartition(".")[2] for key in trained} == set(train)
 
 
@@ -103,7 +103,7 @@ def test_the_paper_start_changes_the_model_for_tl1_tl3_and_tl4_only(preset, chan
     model = Layers()
     x = torch.randn(4, 6, dtype=torch.float64)
     before = model(x)
-    variants.attach(model, TiedConfig(preset=preset, rank=2), ["qkv"])
+    attach(model, TiedConfig(preset=preset, rank=2), ["qkv"])
     assert torch.equal(model(x), before) is not changes
 
 
@@ -113,7 +113,7 @@ def test_the_zero_delta_start_never_changes_the_model_and_can_learn(train):
     model = Layers()
     x = torch.randn(4, 6, dtype=torch.float64)
     before = model(x).detach()
-    bank = variants.attach(model, TiedConfig(train=train, rank=2, init_scheme="zero_delta"), ["qkv"])
+    bank = attach(model, TiedConfig(train=train, rank=2, init_scheme="zero_delta"), ["qkv"]).bank
     assert torch.equal(model(x), before)
     model(x).square().sum().backward()
     assert any(t.grad is not None and t.grad.abs().max() > 0 for t in bank.named_tensors().values())
@@ -132,7 +132,7 @@ def test_the_authors_start_perturbs_more_the_larger_the_rank(scheme, rank, prese
     torch.nn.init.normal_(linear.weight, std=0.02)
     torch.nn.init.zeros_(linear.bias)
     before = linear(x)
-    variants.attach(model, TiedConfig(preset=preset, rank=rank, init_scheme=scheme), ["qkv"])
+    attach(model, TiedConfig(preset=preset, rank=rank, init_scheme=scheme), ["qkv"])
     change = model.layers[0]["qkv"](x) - before
     assert (change.norm() / before.norm()).item() == pytest.approx(PERTURBATION[scheme][rank], rel=0.1)
 
@@ -147,7 +147,7 @@ def test_otherwise_the_authors_start_is_the_papers(preset):
 
 def test_u_starts_where_it_is_told():
     model = Layers(dtype=torch.float32)
-    named = variants.attach(model, TiedConfig(preset="VeRA", rank=2, init_u=0.1), ["qkv"]).named_tensors()
+    named = attach(model, TiedConfig(preset="VeRA", rank=2, init_u=0.1), ["qkv"]).named_tensors()
     assert all((tensor == 0.1).all() for key, tensor in named.items() if key.endswith(".u"))
 
 
@@ -155,7 +155,7 @@ def test_u_starts_where_it_is_told():
 def test_training_lowers_the_loss_and_leaves_frozen_tensors_bit_identical(preset):
     torch.manual_seed(0)
     model = Layers()
-    bank = variants.attach(model, TiedConfig(preset=preset, rank=4), ["qkv"])
+    bank = attach(model, TiedConfig(preset=preset, rank=4), ["qkv"]).bank
     adapters = {t.data_ptr() for t in bank.named_tensors().values() if t.requires_grad}
     everything = [*model.parameters(), *model.buffers()]
     before = {t: t.detach().clone() for t in everything}
@@ -194,7 +194,7 @@ def test_a_frozen_factor_that_is_not_the_trained_one_is_refused():
 
 def test_frozen_factors_are_no_parameters_and_are_not_saved():
     model = Layers()
-    variants.attach(model, TiedConfig(preset="TL1", rank=2), ["qkv"])
+    attach(model, TiedConfig(preset="TL1", rank=2), ["qkv"])
     added = [key for key in model.state_dict() if ".base." not in key]
     assert added == ["layers.0.qkv.A"]
 
@@ -227,7 +227,7 @@ def test_an_explicit_standard_deviation_wins():
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
     model = Layers()
-    bank = variants.attach(model, TiedConfig(preset="LoRA", rank=2, dropout=0.5), ["qkv"])
+    bank = attach(model, TiedConfig(preset="LoRA", rank=2, dropout=0.5), ["qkv"]).bank
     with torch.no_grad():
         for tensor in bank.named_tensors().values():
             tensor.normal_()
@@ -266,9 +266,9 @@ def test_bad_settings_are_named(settings, message):
 
 def test_a_rank_larger_than_the_layer_is_refused():
     with pytest.raises(UsageError, match="rank=7: larger than the layer"):
-        variants.attach(Layers(), TiedConfig(rank=7), ["qkv"])
+        attach(Layers(), TiedConfig(rank=7), ["qkv"])
 
 
 def test_an_unknown_target_is_refused():
     with pytest.raises(UsageError, match="did you mean 'qkv'"):
-        variants.attach(Layers(), TiedConfig(), ["qkw"])
+        attach(Layers(), TiedConfig(), ["qkw"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from stack import Layers, follows, train
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import Site, build, config_for, count
 
@@ -16,7 +16,7 @@ def attached(dtype=torch.float64, **settings):
     torch.manual_seed(0)
     model = Layers(dtype=dtype)
     config = config_for("uni_lora", {"rank": 2, "dimension": 20, "bound": 0.5, **settings})
-    return model, variants.attach(model, config, ["qkv"]).named_tensors()
+    return attach(model, config, ["qkv"])
 
 
 def projection(named):
@@ -29,14 +29,15 @@ def projection(named):
 
 
 def test_the_projection_is_isometric():
-    _, named = attached()
+    named = attached().named_tensors()
     P = projection(named)
     assert P.shape == (D, 20)
     torch.testing.assert_close(P.T @ P, torch.eye(20, dtype=torch.float64))
 
 
 def test_forward_gradients_and_merge_follow_the_equation():
-    model, named = attached(alpha=3.0)
+    adapter = attached(alpha=3.0)
+    model, named = adapter.model, adapter.named_tensors()
     P = projection(named)
 
     def reference(x):
@@ -47,11 +48,12 @@ def test_forward_gradients_and_merge_follow_the_equation():
             x = torch.tanh((linear(x) + 1.5 * (x @ A.T) @ B.T)[..., :6])
         return x
 
-    assert follows(model, named, reference) == {"theta"}
+    assert follows(adapter, reference) == {"theta"}
 
 
 def test_hugging_faces_gives_the_same():
-    model, named = attached(torch.float32)
+    adapter = attached(torch.float32)
+    model, named = adapter.model, adapter.named_tensors()
     torch.manual_seed(0)
     theirs = peft.get_peft_model(
         Layers(dtype=torch.float32), peft.UniLoraConfig(r=2, theta_d_length=20, target_modules=["qkv"])
@@ -76,7 +78,7 @@ def test_it_has_as_many_parameters_as_it_is_told_and_learns_with_them():
     sites = [Site("qkv", layer, 4096, 12288) for layer in range(32)]
     variant = build(config_for("uni_lora", {"rank": 8, "dimension": 1000}), 32)
     assert count(variant, sites).trainable == 1000
-    model, _ = attached(torch.float32)
+    model = attached(torch.float32).model
     losses = train(model, steps=120, lr=3e-2)
     assert losses[-1] < 0.97 * losses[0]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from stack import Layers, follows
 
-from nemo_tiedlora import variants
+from nemo_tiedlora import attach
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import Site, build, config_for, count
 
@@ -22,11 +22,12 @@ def attached(**settings):
     torch.manual_seed(0)
     model = Layers()
     config = config_for("lora_xs", {"rank": 2, "alpha": 3.0, "std_R": 0.5, **settings})
-    return model, variants.attach(model, config, ["qkv"]).named_tensors()
+    return attach(model, config, ["qkv"])
 
 
 def test_forward_gradients_and_merge_follow_the_equation():
-    model, named = attached()
+    adapter = attached()
+    model, named = adapter.model, adapter.named_tensors()
     deltas = []
     for number, layer in enumerate(model.layers):
         U, S, Vh = numpy.linalg.svd(layer["qkv"].base.weight.detach().numpy())
@@ -49,7 +50,7 @@ def test_forward_gradients_and_merge_follow_the_equation():
             stored = named[f"qkv.{number}.{name}"]
             torch.testing.assert_close(stored, expected, rtol=1e-5, atol=1e-5)
             expected.copy_(stored)
-    assert follows(model, named, reference) == {f"qkv.{number}.R" for number in range(3)}
+    assert follows(adapter, reference) == {f"qkv.{number}.R" for number in range(3)}
 
 
 def test_it_starts_near_the_base_and_learns():
@@ -58,7 +59,7 @@ def test_it_starts_near_the_base_and_learns():
     model = Layers(dtype=torch.float32)
     x = torch.randn(4, 6)
     before = model(x)
-    variants.attach(model, config_for("lora_xs", {"rank": 4}), ["qkv"])
+    attach(model, config_for("lora_xs", {"rank": 4}), ["qkv"])
     torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
     losses = train(model, steps=120, lr=3e-2)
     assert losses[-1] < 0.95 * losses[0]

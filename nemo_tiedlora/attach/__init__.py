@@ -1,0 +1,28 @@
+"""A method on any torch model, and what its training asks of the optimizer, which every host uses.
+
+The package is callable: ``nemo_tiedlora.attach(model, ...)`` is ``nemo_tiedlora.attach.attach``, and this is where it
+lives.
+"""
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from nemo_tiedlora.attach.contract import Contract, parameter_groups
+from nemo_tiedlora.attach.model import AdaptedLinear, Attached, attach
+from nemo_tiedlora.variants import VariantConfig
+
+__all__ = ["AdaptedLinear", "Attached", "Contract", "attach", "parameter_groups"]
+
+
+class _Callable(ModuleType):
+    def __call__(
+        self, model: nn.Module, method: str | VariantConfig, targets: Sequence[str], **settings: Any
+    ) -> Attached:
+        return attach(model, method, targets, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable
