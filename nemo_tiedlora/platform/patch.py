@@ -45,6 +45,9 @@ class Patch:
     needed: Callable[[], bool]
     apply: Callable[[Restore], None]
 
+    def __str__(self) -> str:
+        return f"{self.name}: {' '.join(self.reason.split())}"
+
 
 def patch(needed: Callable[[], bool]) -> Callable[[Callable[[Restore], None]], Patch]:
     """Declare a function as a patch: its name is the patch's name, its docstring the reason it exists."""

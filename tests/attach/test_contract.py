@@ -189,6 +189,7 @@ def test_importing_installs_no_hook_and_needs_no_torch():
     code = """
 import sys, nemo_tiedlora
 assert "torch" not in sys.modules
+nemo_tiedlora.unregister()  # nothing was registered
 import nemo_tiedlora.variants, nemo_tiedlora.attach
 from torch.optim import optimizer
 assert not optimizer._global_optimizer_pre_hooks and not optimizer._global_optimizer_post_hooks
