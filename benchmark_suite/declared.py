@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from nemo_tiedlora.errors import UsageError, closest
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-Declared = TypeVar("Declared", bound="DataclassInstance")
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Declared = TypeVar("Declared", bound=_Dataclass)
 
 
 def read(file: Path) -> dict[str, Any]:
