@@ -197,7 +197,7 @@ class Variant(ABC, Generic[Config]):
         """Why what is merged into a weight cannot be told from the result; None if it can."""
         return None
 
-    def start(self, sites: Iterable[Site]) -> None:  # noqa: B027, optional
+    def start(self, sites: Iterable[Site]) -> None:
         """All of the whole model's adapted layers, in order; called once, before any has its tensors."""
 
     def trained_at_once(self, sites: Iterable[Site]) -> int | None:
@@ -209,7 +209,7 @@ class Variant(ABC, Generic[Config]):
         """Whether ``observe`` is to be called."""
         return False
 
-    def observe(self, site: Site, output: Tensor) -> None:  # noqa: B027, optional
+    def observe(self, site: Site, output: Tensor) -> None:
         """An adapted layer's output, (samples, ..., out), in a pass that counts."""
 
     def check(self, site: Site) -> None:
