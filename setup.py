@@ -24,8 +24,9 @@ setup(
     ],
     package_dir=SCRIPTS,
     package_data={
+        "benchmark_suite": ["py.typed", "tasks/*.yaml", "variants/*.yaml", "report/templates/*"],
+        "nemo_tiedlora": ["py.typed"],
         "nemo_tiedlora.conf": ["*.yaml"],
-        "benchmark_suite": ["tasks/*.yaml", "variants/*.yaml", "report/templates/*"],
         "nemo_tiedlora.embedded": ["base.safetensors", "tokenizer.model"],
     },
     entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
@@ -56,5 +57,5 @@ setup(
         "tensorboard",
         "typer>=0.12.5",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "ruff", "peft", "lm_eval"]},
+    extras_require={"test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval"]},
 )

@@ -51,12 +51,14 @@ def list_all(
     _register(tasks_path, variants_path)
     if kind == Kind.tasks:
         specs = [registry.spec(id) for id in registry.list_tasks(group)]
-        lines = [(each.id, each.primary, ",".join(each.groups), each.description) for each in specs]
+        facts = [each.to_dict() for each in specs]
+        lines: list[tuple[str, ...]] = [(o.id, o.primary, ",".join(o.groups), o.description) for o in specs]
     else:
-        specs = [registry.variant(name) for name in registry.list_variants()]
-        lines = [(each.name, each.scheme, each.description) for each in specs]
+        variants = [registry.variant(name) for name in registry.list_variants()]
+        facts = [each.to_dict() for each in variants]
+        lines = [(each.name, each.scheme, each.description) for each in variants]
     if as_json:
-        print(json.dumps([each.to_dict() for each in specs], indent=2, ensure_ascii=False))
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

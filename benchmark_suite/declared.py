@@ -1,12 +1,18 @@
 """Declarations in YAML: read, checked field by field, and turned into dataclasses and back."""
 
+from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from nemo_tiedlora.errors import UsageError, closest
 
-Declared = TypeVar("Declared")
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Declared = TypeVar("Declared", bound=_Dataclass)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -34,7 +40,8 @@ def text(declaration: dict[str, Any]) -> str:
     from ruamel.yaml import YAML
 
     yaml, stream = YAML(typ="safe", pure=True), StringIO()
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 120
+    yaml.default_flow_style, yaml.width = False, 120
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # its type is that of its default, None
     yaml.dump(declaration, stream)
     return stream.getvalue()
 
@@ -93,7 +100,7 @@ def check_list(name: str, given: object, kind: type | tuple[type, ...], words: s
         raise UsageError(name, given, f"write a list of {words}")
 
 
-def check_rates(name: str, given: object) -> None:
+def check_rates(name: str, given: Iterable[float]) -> None:
     """Raise ``UsageError`` unless ``given`` is a list of learning rates."""
     check_list(name, given, (int, float), "learning rates, such as [1e-4, 1e-5]")
     for rate in given:

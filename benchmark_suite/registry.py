@@ -35,7 +35,7 @@ class Registry(dict[str, Named], Generic[Named]):
 
 @cache
 def _tasks() -> Registry[TaskSpec]:
-    registry = Registry("task")
+    registry: Registry[TaskSpec] = Registry("task")
     for found in _read_tasks(_HERE / "tasks"):
         registry.add(found.id, found)
     return registry
@@ -43,7 +43,7 @@ def _tasks() -> Registry[TaskSpec]:
 
 @cache
 def _variants() -> Registry[VariantSpec]:
-    registry = Registry("variant")
+    registry: Registry[VariantSpec] = Registry("variant")
     for file in sorted((_HERE / "variants").glob("*.yaml")):
         found = VariantSpec.from_dict(read(file))
         registry.add(found.name, found)
@@ -70,7 +70,7 @@ def register_folder(path: str | Path) -> list[str]:
     found = _read_tasks(Path(path))
     if not found:
         raise UsageError("tasks_path", str(path), "no .yaml file in this folder")
-    together = Registry("task")
+    together: Registry[TaskSpec] = Registry("task")
     together.update(_tasks())
     for each in found:
         together.add(each.id, each)
@@ -97,7 +97,7 @@ def register_variants(path: str | Path) -> list[str]:
     files = sorted(Path(path).glob("*.yaml"))
     if not files:
         raise UsageError("variants_path", str(path), "no such folder, or no .yaml file in it")
-    together = Registry("variant")
+    together: Registry[VariantSpec] = Registry("variant")
     together.update(_variants())
     found = [VariantSpec.from_dict(read(file)) for file in files]
     for each in found:

@@ -24,7 +24,7 @@ def location(spec: TaskSpec, split: str, data_root: Path | None) -> str:
     if data_root is not None:
         return str(_file(Path(data_root) / source.name, split, f"{spec.id}.{split}"))
     if source.folder:
-        return str(_file(Path(source.folder), source.splits[split], f"{spec.id}.{split}"))
+        return str(_file(Path(source.folder), str(source.splits[split]), f"{spec.id}.{split}"))
     config = f", {source.config}" if source.config else ""
     return f"Hugging Face: {source.path}{config}, {source.splits[split]}"
 
@@ -48,7 +48,7 @@ def rows(spec: TaskSpec, split: str, data_root: Path | None, limit: int | None) 
     if source.generated:
         from nemo_tiedlora.embedded import tasks
 
-        found = tasks.rows(source.generated, split, source.splits[split], spec.seed)
+        found = tasks.rows(source.generated, split, int(source.splits[split]), spec.seed)
     elif data_root is not None or source.folder:
         found = READERS[Path(where).suffix](Path(where))
     else:

@@ -38,6 +38,13 @@ class Example:
     label: int | None = None
     queries: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def right(self) -> int:
+        """The number of the right choice. Raises ``ValueError`` where there is nothing to choose from."""
+        if self.label is None:
+            raise ValueError(f"example {self.id} has no choices")
+        return self.label
+
 
 class Task:
     """A task with its data.
@@ -166,22 +173,23 @@ class Task:
         for name, expression in spec.fields.items():
             row[name] = evaluate(f"fields.{name}", expression, row)
         choices, label = self._choices(row)
-        by_choice = mentions(spec.prompt, "choice")
+        by_choice = bool(choices) and mentions(spec.prompt, "choice")  # without choices, it is a field of the row
+        right = label or 0
         views = [row | {"choice": choice} for choice in choices] if by_choice else [row]
         prompts = [render("prompt", spec.prompt, view) for view in views]
-        target = choices[label] if spec.target is None else render("target", spec.target, row)
+        target = choices[right] if spec.target is None else render("target", spec.target, row)
         if not target.strip():
             raise UsageError("target", target, "is empty")
-        queries = ()
+        queries: tuple[tuple[str, str], ...] = ()
         if spec.prediction.kind == "rank":
             pairs = ((prompt, target) for prompt in prompts) if by_choice else ((prompts[0], each) for each in choices)
             queries = tuple((prompt, DELIMITER + continuation) for prompt, continuation in pairs)
-        prompt = prompts[label] if by_choice else prompts[0]
+        prompt = prompts[right] if by_choice else prompts[0]
         return Example(identity, prompt, target, self._references(row, target), choices, label, queries)
 
     def _choices(self, row: sources.Row) -> tuple[tuple[str, ...], int | None]:
         prediction = self.spec.prediction
-        if prediction.choices is None:
+        if prediction.choices is None or prediction.label is None:  # they belong together
             return (), None
         given = prediction.choices
         choices = evaluate("choices", given, row) if isinstance(given, str) else given

@@ -2,10 +2,10 @@
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 from benchmark_suite.declared import build, check_list, check_rates, check_text, check_whole, plain
-from benchmark_suite.metrics import METRICS
+from benchmark_suite.metrics import METRICS, Kind
 from benchmark_suite.templates import check_expression, check_template
 from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.errors import UsageError, check_choice, closest
@@ -76,14 +76,14 @@ class Prediction:
         label: expression for the number of the right choice, from 0.
     """
 
-    kind: str
+    kind: Kind
     stop: list[str] = field(default_factory=list)
     max_tokens: int | None = None
     choices: list[str] | str | None = None
     label: str | None = None
 
     def __post_init__(self):
-        check_choice("kind", self.kind, ("generate", "rank"))
+        check_choice("kind", self.kind, get_args(Kind))
         check_list("stop", self.stop, str, "texts", empty=True)
         if "" in self.stop:
             raise UsageError("stop", self.stop, "an empty text would stop every answer at once")
@@ -232,7 +232,9 @@ class TaskSpec:
         identity = given.get("id") if isinstance(given, dict) else None
         try:
             parts = {"source": Source, "prediction": Prediction, "recipe": Recipe}
-            built = {name: build(kind, given[name], name) for name, kind in parts.items() if name in given}
+            built: dict[str, Any] = {
+                name: build(kind, given[name], name) for name, kind in parts.items() if name in given
+            }
             return build(cls, given | built)
         except UsageError as error:
             raise (error.under(identity) if isinstance(identity, str) and error.field != "id" else error) from None

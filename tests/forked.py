@@ -125,7 +125,7 @@ def _run_script(streams: list[Path], folder: str, environment: dict[str, str], a
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, path in enumerate(streams):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115, until the process ends
     os.chdir(folder)
     module = arguments[0] == "-m"
     sys.argv = arguments[module:]

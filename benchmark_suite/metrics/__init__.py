@@ -4,7 +4,7 @@ Every value is a fraction (0 to 1) or a correlation (-1 to 1), except BLEU (0 to
 """
 
 from benchmark_suite.metrics import numbers, ranking, texts
-from benchmark_suite.metrics.score import Metric, Score
+from benchmark_suite.metrics.score import Kind, Metric, Score
 
 #: Metric name → what it is for, and how it is computed.
 METRICS: dict[str, Metric] = {
@@ -26,4 +26,4 @@ METRICS: dict[str, Metric] = {
     "mcc": Metric("rank", ranking.mcc, reward=ranking.correct, choices=True, combine=ranking.mcc_of_counts),
 }
 
-__all__ = ["METRICS", "Metric", "Score"]
+__all__ = ["METRICS", "Kind", "Metric", "Score"]

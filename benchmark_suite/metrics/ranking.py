@@ -83,4 +83,4 @@ def _normalised(prediction: Likelihoods, example: "Example") -> int:
 
 
 def _labels(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> tuple[list[int], list[int]]:
-    return [example.label for example in examples], [likeliest(prediction) for prediction in predictions]
+    return [example.right for example in examples], [likeliest(prediction) for prediction in predictions]

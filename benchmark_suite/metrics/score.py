@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy
 
     from benchmark_suite.task import Example
 
+#: How a model answers: with a text, or with a number for each choice.
+Kind = Literal["generate", "rank"]
 #: Predictions of a whole split, and its examples in the same order.
 Compute = Callable[[Sequence[Any], Sequence["Example"]], "Score"]
 
@@ -45,7 +47,7 @@ class Metric:
         combine: sums over examples, (corpora, numbers per example) → the value for each corpus; None for a mean.
     """
 
-    prediction: str
+    prediction: Kind
     compute: Compute
     reward: Callable[[Any, "Example"], float] | None = None
     scale: float = 100.0

@@ -72,7 +72,8 @@ def bleu(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
     most = max(len(example.references) for example in examples)
     references = [[_at(example.references, number) for example in examples] for number in range(most)]
     scorer = BLEU()
-    value = scorer.corpus_score(list(predictions), references).score
+    # Its types do not say so, but sacrebleu takes None for a reference that a sentence does not have.
+    value = scorer.corpus_score(list(predictions), references).score  # type: ignore[arg-type]
     single = [_sentence_bleu(*pair) for pair in zip(predictions, examples, strict=True)]
     counts = tuple((*one.counts, *one.totals, one.sys_len, one.ref_len) for one in single)
     return Score(value, len(examples), counts, str(scorer.get_signature()))
@@ -109,7 +110,7 @@ def option_accuracy(predictions: Sequence[str], examples: Sequence["Example"]) -
     """Whether the first choice named in the text is the right one (LLM-Adapters, Hu et al., arXiv:2304.01933)."""
     return mean(
         [
-            first_option(prediction, example.choices) == example.choices[example.label]
+            first_option(prediction, example.choices) == example.choices[example.right]
             for prediction, example in zip(predictions, examples, strict=True)
         ]
     )

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemo_tiedlora.errors import UsageError
 
@@ -60,7 +61,7 @@ class Cell:
     status: str
     rank: int | None = None
     lr: float | None = None
-    primary: str | None = None
+    primary: str = ""
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     validation: Mapping[str, Metric] = field(default_factory=dict)
     selected: bool = True
@@ -131,7 +132,7 @@ def _cell(path: Path) -> Cell:
     missing = [name for name in REQUIRED if raw.get(name) is None]
     if missing:
         raise ValueError(f"missing: {', '.join(missing)}")
-    known = {name: _checked(name, raw[name], types) for name, types in REQUIRED.items()}
+    known: dict[str, Any] = {name: _checked(name, raw[name], types) for name, types in REQUIRED.items()}
     for name, types in OPTIONAL.items():
         if raw.get(name) is not None:
             known[name] = _checked(name, raw[name], types)
@@ -159,7 +160,7 @@ def _metric(name: str, raw: object) -> Metric:
     )
 
 
-def _checked(name: str, value: object, types: tuple[type, ...]) -> object:
+def _checked(name: str, value: object, types: tuple[type, ...]) -> Any:
     # bool is an int to Python, not to a reader of results
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise ValueError(f"{name}={value!r}: not a {' or '.join(kind.__name__ for kind in types)}")

@@ -41,7 +41,7 @@ def compare(reported: Mapping[tuple[str, str], Setting], against: str) -> list[C
         if variant != against and (task, against) in reported
     ]
     found = [_compare(*pair) for pair in pairs]
-    by_examples = holm([one.bootstrap and one.bootstrap.p for one in found])
+    by_examples = holm([one.bootstrap.p if one.bootstrap else None for one in found])
     by_seeds = holm([one.t_test_p for one in found])
     return [
         replace(one, bootstrap_holm=examples, t_test_holm=seeds)

@@ -1,5 +1,7 @@
 """How numbers are written in the report."""
 
+from collections.abc import Iterable
+
 
 def text(value: object) -> str:
     """Anything; nothing for None."""
@@ -36,7 +38,7 @@ def p_value(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def listed(values: object) -> str:
+def listed(values: Iterable[object] | None) -> str:
     """Seeds, learning rates."""
     return (
         ""

@@ -99,7 +99,7 @@ def _average(section: Section) -> list[Plot]:
             if None in means:
                 _level(axes, section, variant, means[None])
             else:
-                ranks = sorted(means)
+                ranks = sorted(rank for rank in means if rank is not None)
                 axes.plot(ranks, [means[rank] for rank in ranks], lw=1.4, **_style(section, variant))
         axes.set(ylabel="mean score")
         _rank_axis(axes, section)

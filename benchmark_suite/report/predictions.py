@@ -34,7 +34,8 @@ def scores(cell: Cell) -> dict[str, numpy.ndarray]:
     if len(found) != cell.test.count:
         raise Unpaired(f"{len(found)} predictions for {cell.test.count} examples")
     try:
-        recomputed = cell.test.scale * value(cell.primary, sum(found.values())[None])[0]
+        sums = numpy.stack(list(found.values())).sum(0, keepdims=True)
+        recomputed = cell.test.scale * value(cell.primary, sums)[0]
     except (ValueError, IndexError):
         raise Unpaired("broken predictions") from None
     if not numpy.isclose(recomputed, cell.test.value, rtol=1e-6, atol=1e-9):

@@ -1,6 +1,6 @@
 """The results with one base model; scores of different bases are never in one table."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -60,7 +60,8 @@ class Section:
     def percent(self, setting: Setting) -> float | None:
         """Its trainable parameters in percent of those of the best ``against`` on its task, the papers' P%."""
         other = self.reported.get((setting.task, self.against))
-        return 100 * setting.mean("trainable") / other.mean("trainable") if other else None
+        mine, theirs = setting.mean("trainable"), other.mean("trainable") if other else None
+        return 100 * mine / theirs if mine and theirs else None
 
     @cached_property
     def warnings(self) -> list[str]:
@@ -70,12 +71,13 @@ class Section:
     def _warnings(self) -> Iterator[str]:
         for task in self.tasks:
             cells = [cell for at in self.settings if at.task == task for cell in at.cells]
-            for what, values in {
+            found: Mapping[str, Set[object]] = {
                 "different data": {cell.data_sha256 for cell in cells},
                 "different metrics": {cell.primary for cell in cells},
                 "different numbers of test examples": {cell.test.count for cell in cells},
                 "different seeds": {at.score.seeds for at in self.settings if at.task == task},
-            }.items():
+            }
+            for what, values in found.items():
                 if len(values) > 1:
                     yield f"{task}: its cells have {what} ({'; '.join(sorted(map(_short, values)))})"
 

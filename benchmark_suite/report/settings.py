@@ -1,7 +1,7 @@
 """One variant at one rank on one task: what its seeds say together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, mean, stdev
 
@@ -95,7 +95,10 @@ def best(ranks: list[Setting]) -> Setting:
     Only where a validation score is missing does the test score decide. The smaller rank wins a tie.
     """
     known = on_validation(ranks)
-    score: Callable[[Setting], Score] = (lambda at: at.validation) if known else (lambda at: at.score)
+
+    def score(at: Setting) -> Score:
+        return (at.validation if known else None) or at.score
+
     sign = -1 if ranks[0].higher_is_better else 1
     return min(ranks, key=lambda at: (sign * score(at).mean, at.rank))
 

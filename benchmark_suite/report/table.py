@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmark_suite.report import numbers
 
@@ -38,9 +39,9 @@ class Column:
 
     key: str
     label: str
-    show: Callable[[object], str] = numbers.text
+    show: Callable[[Any], str] = numbers.text
     numeric: bool = True
-    best: Callable | None = None
+    best: Callable[[list[Any]], Any] | None = None
     under: str = ""
 
 
@@ -57,7 +58,7 @@ class Table:
     title: str
     note: str
     columns: Sequence[Column]
-    rows: Sequence[Mapping[str, object]]
+    rows: Sequence[Mapping[str, Any]]
 
     def shown(self, row: Mapping[str, object], column: Column) -> str:
         """A value as text, its detail left out."""
@@ -68,13 +69,15 @@ class Table:
         value = row.get(column.key)
         return value.detail if isinstance(value, Entry) else ""
 
-    def order(self, row: Mapping[str, object], column: Column) -> object:
+    def order(self, row: Mapping[str, object], column: Column) -> Any:
         """What a value is sorted by."""
         value = row.get(column.key)
         return value.mean if isinstance(value, Entry) else value
 
     def is_best(self, row: Mapping[str, object], column: Column) -> bool:
         """Whether this is the best value of its column, or as good."""
-        values = [self.order(other, column) for other in self.rows] if column.best else []
+        if column.best is None:
+            return False
+        values = [self.order(other, column) for other in self.rows]
         known = [value for value in values if value is not None]
         return len(known) > 1 and self.order(row, column) == column.best(known)

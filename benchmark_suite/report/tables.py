@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from math import exp, log
 from statistics import fmean
+from typing import Any
 
 from benchmark_suite.report import numbers
 from benchmark_suite.report.section import Section
@@ -97,7 +98,7 @@ def reported(section: Section) -> Table:
 
 def metrics(section: Section) -> Table:
     """Tasks with several metrics, or several splits to test on."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "task": task,
             "metric": name,

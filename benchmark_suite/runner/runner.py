@@ -4,9 +4,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmark_suite.metrics import METRICS, Score
 from benchmark_suite.runner.cell import Cell, read
@@ -15,6 +15,9 @@ from benchmark_suite.runner.memory import PeakMemory
 from benchmark_suite.task import Prediction, Task
 from benchmark_suite.variant_spec import STOCK
 from nemo_tiedlora.files import replacing, write_text
+
+if TYPE_CHECKING:
+    from nemo_tiedlora.nemo.workbench import Job, Workbench
 
 #: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.
 ATTEMPTS = 2
@@ -36,24 +39,22 @@ class Runner:
 
     def __init__(self, base: Path, results: Path, tasks: dict[str, Task], precision: str = "32"):
         self.base, self.results, self.tasks, self.precision = base, results, tasks, precision
-        self._bench = None
-        self._context = None
+        self._bench: Workbench | None = None
+        self._until_exit = ExitStack()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        if self._context is not None:
-            self._context.__exit__(*exception)
+        self._until_exit.__exit__(*exception)
 
     @property
-    def bench(self):
+    def bench(self) -> "Workbench":
         """The base in memory; loaded when the first cell needs it."""
         if self._bench is None:
             from nemo_tiedlora.nemo.workbench import workbench
 
-            self._context = workbench(self.base, self.precision)
-            self._bench = self._context.__enter__()
+            self._bench = self._until_exit.enter_context(workbench(self.base, self.precision))
         return self._bench
 
     def state(self, cell: Cell) -> str:
@@ -119,7 +120,8 @@ class Runner:
 
     def lost(self, cell: Cell) -> dict[str, Any]:
         """Record that another learning rate was better on the validation split."""
-        result = read(cell.folder(self.results) / "result.json") | {"status": "done", "selected": False}
+        known = read(cell.folder(self.results) / "result.json") or self._record(cell)
+        result = known | {"status": "done", "selected": False}
         self._write(cell, result)
         (cell.folder(self.results) / "weights.safetensors").unlink(missing_ok=True)
         return result
@@ -184,7 +186,7 @@ class Runner:
             "versions": _versions(),
         }
 
-    def _job(self, cell: Cell):
+    def _job(self, cell: Cell) -> "Job":
         from nemo_tiedlora.nemo.workbench import Job
 
         recipe, settings = cell.task.recipe, cell.variant.settings_at(cell.rank)
@@ -194,7 +196,8 @@ class Runner:
         return Job(
             scheme=cell.variant.scheme,
             peft={cell.variant.section: settings} if cell.variant.section else {},
-            **files,
+            train=files["train"],
+            validation=files["validation"],
             steps=recipe.steps,
             lr=cell.lr,
             batch_size=recipe.batch_size,

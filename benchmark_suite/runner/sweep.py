@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark_suite import registry
-from benchmark_suite.runner.cell import Cell, read, sha256_of_examples
+from benchmark_suite.runner.cell import Cell, sha256_of_examples
 from benchmark_suite.runner.runner import Runner
 from benchmark_suite.task import Task
 from benchmark_suite.variant_spec import VariantSpec
@@ -167,7 +167,7 @@ def _best(runner: Runner, cells: Sequence[Cell]) -> Cell:
     """The best on the validation split; of equals, the first."""
 
     def score(cell: Cell) -> float:
-        result = read(cell.folder(runner.results) / "result.json")
+        result = runner.result(cell)
         return result["validation"][result["primary"]]["value"]
 
     return max(cells, key=score)

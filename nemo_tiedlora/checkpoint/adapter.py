@@ -115,7 +115,9 @@ class Blueprint:
     def put_into(self, model: DictConfig) -> DictConfig:
         """Its settings in a copy of a model's config, under ``peft``, where NeMo looks for them."""
         peft = {"peft_scheme": self.scheme, f"{self.scheme}_tuning": self.settings}
-        return OmegaConf.merge(model, {"peft": peft})
+        found = OmegaConf.merge(model, {"peft": peft})
+        assert isinstance(found, DictConfig)  # as the first of what is merged
+        return found
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -91,13 +91,15 @@ class Archive(Files):
                 if str(name) in self.members:
                     raise self.error(f"its member {member.name!r} is there twice")
                 self.members[str(name)] = member
-        for name in self.members:
-            if any(str(parent) in self.members for parent in PurePosixPath(name).parents):
-                raise self.error(f"its member {name!r} is below another file")
+        for path_inside in self.members:
+            if any(str(parent) in self.members for parent in PurePosixPath(path_inside).parents):
+                raise self.error(f"its member {path_inside!r} is below another file")
         self.sizes = {name: member.size for name, member in self.members.items()}
 
     def open(self, name: str) -> IO[bytes]:
-        return self.tar.extractfile(self.members[name])
+        file = self.tar.extractfile(self.members[name])
+        assert file is not None  # as it is for folders, which are not among the members
+        return file
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_tiedlora.checkpoint import pickles
 from nemo_tiedlora.checkpoint.archive import Archive, entry, opened
@@ -115,7 +116,7 @@ class BaseFile(ABC):
             weight = self.weight(path, layer)
             size = "x".join(map(str, weight.shape))
             digests[path].update(f"{path}.weight {layer} {size} {str(weight.dtype).removeprefix('torch.')}\n".encode())
-            digests[path].update(weight.contiguous().view(-1).view(torch.uint8).numpy())
+            digests[path].update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
         return {path: digest.hexdigest() for path, digest in digests.items()}
 
 
@@ -148,6 +149,8 @@ class _Distributed(BaseFile):
 
     def _note(self, index: Any, path: str, layer: str | None) -> None:
         saved = self.metadata.state_dict_metadata[index.fqn]
+        if not isinstance(saved, TensorStorageMetadata):
+            raise self.archive.error(f"{index.fqn} in it is not a tensor")
         chunk = next(chunk for chunk in saved.chunks if chunk.offsets == index.offset)
         *layers, rows, columns = (slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
         planes = range(layers[0].start, layers[0].stop) if layers else [int(layer or 0)]
@@ -162,7 +165,7 @@ class _Distributed(BaseFile):
     def weight(self, path: str, layer: int) -> Tensor:
         if (path, layer) not in self.pieces:
             raise self.archive.error(f"there is no {path} of layer {layer} in it")
-        weight = None
+        weight: Tensor | None = None
         for piece in self.pieces[path, layer]:
             tensor = self._load(piece.index)
             if piece.plane is not None:
@@ -170,6 +173,7 @@ class _Distributed(BaseFile):
             if weight is None:
                 weight = tensor.new_empty(self.shapes[path, layer])
             weight[piece.rows, piece.columns] = tensor
+        assert weight is not None  # no weight is listed without a piece
         return weight
 
     def _load(self, index: Any) -> Tensor:
@@ -179,13 +183,13 @@ class _Distributed(BaseFile):
             raise self.archive.error(f"{index.fqn} in it: {error}") from None
 
     def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
-        latest: tuple[tuple[str, int], Tensor | None] = (("", 0), None)
+        latest: dict[tuple[str, int], Tensor] = {}
 
         def changed(path: str, layer: int) -> Tensor:
-            nonlocal latest
-            if latest[0] != (path, layer):
-                latest = (path, layer), change(path, layer, self.weight(path, layer))
-            return latest[1]
+            if (path, layer) not in latest:
+                latest.clear()
+                latest[path, layer] = change(path, layer, self.weight(path, layer))
+            return latest[path, layer]
 
         order = sorted(self.storage, key=lambda index: (self.storage[index].relative_path, self.storage[index].offset))
         files: dict[str, list[Any]] = {}
@@ -254,7 +258,7 @@ class _Single(BaseFile):
         for place, key in progress(weights.items(), "writing", len(weights)):
             self.state[key].copy_(change(*place, self.state[key]))  # the pages changed are this process's own
         with _growing(tar, SINGLE) as out:
-            torch.save(self.state, _Appended(out))
+            torch.save(self.state, _Appended(out))  # type: ignore[arg-type]  # torch needs no more of a file
         return {SINGLE}
 
 
@@ -279,7 +283,7 @@ def open_base(path: Path, field: str = "base", scratch: Path | None = None) -> I
     with opened(Path(path), field) as archive, tempfile.TemporaryDirectory(dir=scratch, prefix=".base.") as folder:
         try:
             if METADATA in archive.members:
-                base = _Distributed(archive)
+                base: BaseFile = _Distributed(archive)
             elif SINGLE in archive.members:
                 base = _Single(archive, Path(folder) / SINGLE)
             else:
@@ -309,7 +313,7 @@ def check_base(path: Path, field: str) -> DictConfig:
 @contextmanager
 def _growing(tar: tarfile.TarFile, name: str) -> Iterator[IO[bytes]]:
     """A new member, to be written piece by piece: its size goes into its header at the end."""
-    file, start = tar.fileobj, tar.offset
+    file, start = cast(IO[bytes], tar.fileobj), tar.offset  # by path, ``tarfile`` opens an ordinary file
     file.write(bytes(tarfile.BLOCKSIZE))
     yield file
     size = file.tell() - start - tarfile.BLOCKSIZE

@@ -49,7 +49,7 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
         if peft.get("peft_scheme") != "lora" or not peft.get("lora_tuning"):
             raise archive.error(f"an adapter of scheme {peft.get('peft_scheme')}; only NeMo's lora can be converted")
         try:
-            return _converted(saved, peft.lora_tuning, archive)
+            return _converted(saved, peft["lora_tuning"], archive)
         except UsageError as error:
             raise error if error.value == str(path) else archive.error(str(error)) from None
         except pickles.DAMAGED as error:
@@ -115,7 +115,7 @@ def _check_state(state: Any) -> None:
             raise pickles.Refused(f"{key} has NaN or infinity in it")
 
 
-def _whole(states: dict[tuple[int, int], dict[str, Any]], saved: DictConfig, archive: Archive) -> dict[str, Tensor]:
+def _whole(states: dict[tuple[int, int], dict[str, Tensor]], saved: DictConfig, archive: Archive) -> dict[str, Tensor]:
     stages, ranks = (1 + max(numbers) for numbers in zip(*states, strict=True))
     for stage in range(stages):
         for rank in range(ranks):
@@ -129,8 +129,8 @@ def _whole(states: dict[tuple[int, int], dict[str, Any]], saved: DictConfig, arc
             if not named or named[2] not in ADAPTERS:
                 raise archive.error(f"{key} in it is not of a LoRA adapter that this program knows")
             target = ADAPTERS[named[2]]
-            parts = [states[stage, rank].get(key) for rank in range(ranks)]
-            if not all(isinstance(part, Tensor) for part in parts):
+            parts = [states[stage, rank][key] for rank in range(ranks) if key in states[stage, rank]]
+            if len(parts) < ranks:
                 raise archive.error(f"{key} is missing on some ranks")
             part = "A" if named[3] == "in" else "B"
             tensors[f"{target}.{stage * layers + int(named[1])}.{part}"] = _join(parts, target, part, saved)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf, open_dict
+from omegaconf import open_dict
 from torch import Tensor
 
 from nemo_tiedlora.checkpoint.adapter import Adapter
 from nemo_tiedlora.checkpoint.base import open_base
+from nemo_tiedlora.checkpoint.model_config import plain
 from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.inputs import check_shape
@@ -153,7 +154,7 @@ def unmerge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[s
     changes = Changes(loaded)
     with open_base(base, "base", _folder(out)) as source:
         check_shape(loaded.shape, source.config, "adapter", adapter)
-        records = OmegaConf.to_container(source.config).get(RECORD) or []
+        records = plain(source.config).get(RECORD) or []
         record = records[-1] if records else {}
         if record.get("sha256") != sha256 and not force:
             way_out = "another adapter was merged last" if records else "no adapter was merged into it"

@@ -28,6 +28,7 @@ TOKENIZERS = ("sentencepiece", "huggingface", "megatron", "tiktoken", "byte-leve
 SIZES = (*SHAPE_FIELDS, "encoder_seq_length", "max_position_embeddings", "make_vocab_size_divisible_by")
 #: Names under which Hydra and NeMo look for what to call.
 CALLED = ("_target_", "cls", "__target__")
+NO_MAPPING = "not a list of settings with names"
 
 
 def read_model_config(files: Files, whole: bool = False) -> DictConfig:
@@ -55,7 +56,10 @@ def read_model_config(files: Files, whole: bool = False) -> DictConfig:
 def config_as_it_is(path: Path, field: str) -> DictConfig:
     """The config of a file that the user trusts."""
     with opened(path, field) as files:
-        return OmegaConf.create(files.read(MODEL_CONFIG, files.sizes.get(MODEL_CONFIG, 0)).decode())
+        config = OmegaConf.create(files.read(MODEL_CONFIG, files.sizes.get(MODEL_CONFIG, 0)).decode())
+        if not isinstance(config, DictConfig):
+            raise files.error(f"its {MODEL_CONFIG}: {NO_MAPPING}")
+        return config
 
 
 def parse(text: bytes) -> DictConfig:
@@ -76,12 +80,20 @@ def parse(text: bytes) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException, RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged ({type(error).__name__})") from None
     if not isinstance(config, DictConfig):
-        raise ValueError("not a list of settings with names")
+        raise ValueError(NO_MAPPING)
     for path, value in _walk(content):
         for text in (path.rsplit(".", 1)[-1], value):
             if isinstance(text, str) and "${" in text:
                 raise ValueError(f"{path} refers to something else (${{…}}); NeMo writes out what it means")
     return config
+
+
+def plain(config: DictConfig) -> dict[Any, Any]:
+    """A config as ordinary data."""
+    content = OmegaConf.to_container(config)
+    if not isinstance(content, dict):
+        raise ValueError(NO_MAPPING)
+    return content
 
 
 def _check_events(text: str) -> None:
@@ -108,7 +120,7 @@ def _walk(content: Any, path: str = "") -> Any:
 
 def check(config: DictConfig) -> None:
     """Raise ``UsageError`` for what NeMo would call, open or allocate because a file says so."""
-    content = OmegaConf.to_container(config)
+    content = plain(config)
     for path, value in _walk(content):
         if path.rsplit(".", 1)[-1] in CALLED:
             raise UsageError(path, value, "names something to be called, which a model's config must not")

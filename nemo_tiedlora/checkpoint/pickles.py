@@ -82,6 +82,7 @@ def _check_zip(file: str | Path | IO[bytes], intact: bool) -> None:
     start = file.tell() if hasattr(file, "tell") else 0
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        assert archive.fp is not None  # as it is once closed
         archive.fp.seek(0, io.SEEK_END)
         if any(one.compress_type != zipfile.ZIP_STORED for one in members):
             raise Refused("its content is compressed, which torch does not do")

@@ -113,7 +113,7 @@ def read_with_sha256(path: str | Path, field: str = "adapter") -> tuple[Adapter,
             base=Base(**config["base"]),
             tensors=unstack(load_tensors(payload)),
             versions=config["versions"],
-            model_config=model_config and model_config.decode(),
+            model_config=None if model_config is None else model_config.decode(),
         )
         for key, tensor in adapter.tensors.items():
             if not tensor.isfinite().all():

@@ -12,8 +12,8 @@ from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import PRESETS, Tied, TiedConfig
 
 __all__ = [
-    "PRESETS",
     "METHODS",
+    "PRESETS",
     "Bank",
     "Conditional",
     "ConditionalConfig",

@@ -7,6 +7,9 @@ has a score yet, are drawn at random.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any, Literal
+
+Name = Literal["topk", "threshold", "stochastic", "discounted_stochastic", "random"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Modules:
     counts: Sequence[int]
 
 
-#: (what is known, k or p, generator) → numbers of the active modules, in order.
-Allocator = Callable[[Modules, float, Random], list[int]]
+#: (what is known, k or p, generator) → numbers of the active modules, in order. k is a whole number, p a share.
+Allocator = Callable[[Modules, Any, Random], list[int]]
 
 
 def normalised(importance: Sequence[float]) -> list[float]:
@@ -67,7 +70,7 @@ def random(modules: Modules, k: int, random: Random) -> list[int]:
     return sorted(random.sample(range(len(modules.importance)), k))
 
 
-ALLOCATORS: dict[str, Allocator] = {
+ALLOCATORS: dict[Name, Allocator] = {
     "topk": topk,
     "threshold": threshold,
     "stochastic": stochastic,

@@ -133,5 +133,8 @@ class Bank:
 
     def trained(self) -> dict[str, tuple[TensorSpec, nn.Parameter]]:
         """Every parameter of the adapter by its key, each once, with what it is."""
-        named = self.named_tensors()
-        return {key: (spec, named[key]) for key, spec in self._specs.items() if spec.trained}
+        return {
+            key: (spec, module.get_parameter(name))
+            for key, (module, name) in self._homes.items()
+            if (spec := self._specs[key]).trained
+        }

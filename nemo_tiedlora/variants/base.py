@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import COMPUTED, Init
+
+#: The factor that a tensor is a part of; empty for a part of neither.
+Factor = Literal["A", "B", ""]
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class TensorSpec:
     axes: tuple[str | int, ...]
     init: Init
     trained: bool
-    factor: str
+    factor: Factor
 
     @property
     def stored(self) -> bool:
@@ -194,7 +197,7 @@ class Variant(ABC, Generic[Config]):
         """Why what is merged into a weight cannot be told from the result; None if it can."""
         return None
 
-    def start(self, sites: Iterable[Site]) -> None:  # noqa: B027, optional
+    def start(self, sites: Iterable[Site]) -> None:
         """All of the whole model's adapted layers, in order; called once, before any has its tensors."""
 
     def trained_at_once(self, sites: Iterable[Site]) -> int | None:
@@ -206,7 +209,7 @@ class Variant(ABC, Generic[Config]):
         """Whether ``observe`` is to be called."""
         return False
 
-    def observe(self, site: Site, output: Tensor) -> None:  # noqa: B027, optional
+    def observe(self, site: Site, output: Tensor) -> None:
         """An adapted layer's output, (samples, ..., out), in a pass that counts."""
 
     def check(self, site: Site) -> None:
@@ -268,7 +271,7 @@ class Part(NamedTuple):
     """What the dimensions of a part run over, and the factor it belongs to."""
 
     axes: tuple[str, ...]
-    factor: str
+    factor: Factor
 
     def spec(self, key: str, init: Init, trained: bool = True) -> TensorSpec:
         return TensorSpec(key, self.axes, init, trained, self.factor)

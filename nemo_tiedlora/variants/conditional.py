@@ -9,6 +9,7 @@ also fits rectangular ones. The authors' code, from which the published scores c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants import groups as grouping
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.config import VariantConfig
-from nemo_tiedlora.variants.init import ZEROS, Init
+from nemo_tiedlora.variants.init import ZEROS, Distribution, Init
 from nemo_tiedlora.variants.once import OncePerStep
+
+Orientation = Literal["paper", "authors"]
 
 
 @dataclass(kw_only=True)
@@ -34,13 +37,13 @@ class ConditionalConfig(VariantConfig):
     """
 
     scheme: str = "cond_lora"
-    init_A: str = "kaiming_uniform"
+    init_A: Distribution = "kaiming_uniform"
     groups: list[list[int]] | None = None
-    orientation: str = "paper"
+    orientation: Orientation = "paper"
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("orientation", self.orientation, ("paper", "authors"))
+        check_choice("orientation", self.orientation, get_args(Orientation))
 
 
 class _FormedA(torch.autograd.Function):

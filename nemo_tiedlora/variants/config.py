@@ -3,12 +3,15 @@
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.variants import drawing, drawing_by_torch
 from nemo_tiedlora.variants.frozen import check_records
-from nemo_tiedlora.variants.init import RULES, STD
+from nemo_tiedlora.variants.init import RULES, Distribution
+
+#: A setting that its config derives from others where nothing, or null, is said; once there is a config, it is set.
+DERIVED: Any = None
 
 
 @dataclass(kw_only=True)
@@ -42,8 +45,8 @@ class VariantConfig:
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    init_A: str = "normal"
-    init_B: str = "normal"
+    init_A: Distribution = "normal"
+    init_B: Distribution = "normal"
     std_A: float | None = None
     std_B: float | None = None
     seed: int = 1234
@@ -51,7 +54,7 @@ class VariantConfig:
     dora: bool = False
     lr_ratio: float = 1.0
     store_frozen: bool = False
-    drawing_rule: int | None = None
+    drawing_rule: int = DERIVED
     checksums: dict[str, str] | None = None
 
     def __post_init__(self):
@@ -74,7 +77,7 @@ class VariantConfig:
         for name in ("dora", "store_frozen"):
             check_choice(name, getattr(self, name), (True, False))
         for matrix in ("A", "B"):
-            check_choice(f"init_{matrix}", getattr(self, f"init_{matrix}"), STD)
+            check_choice(f"init_{matrix}", getattr(self, f"init_{matrix}"), get_args(Distribution))
             std = getattr(self, f"std_{matrix}")
             if std is not None and not std > 0:
                 raise UsageError(f"std_{matrix}", std, "must be > 0, or null to derive it from the shape")
@@ -104,7 +107,7 @@ def check_number(name: str, given: object) -> None:
         raise UsageError(name, given, "must be a number")
 
 
-def check_start(name: str, given: object, trained: Collection[str]) -> None:
+def check_start(name: str, given: float, trained: Collection[str]) -> None:
     """Raise ``UsageError`` unless ``given`` is a value that u can start from, where u is trained."""
     check_number(name, given)
     if not (math.isfinite(given) and given):

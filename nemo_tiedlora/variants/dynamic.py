@@ -9,15 +9,21 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from random import Random
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
-from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules, normalised
+from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules, Name, normalised
 from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, Variant, Wrapper
-from nemo_tiedlora.variants.config import VariantConfig, check_number
+from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_number
+
+Schedule = Literal["periodic", "once"]
+Importance = Literal["forward", "backward"]
+Norm = Literal[1, 2]
+#: Whose steps learning rates and optimizer states go by.
+Steps = Literal["global", "local"]
 
 #: What ``backward`` importance starts from, as in the authors' code: a module without a gradient can still be drawn.
 LEAST = 1e-6
@@ -47,25 +53,25 @@ class DynamicConfig(VariantConfig):
 
     scheme: str = "dyna_lora"
     inner: str = "lora"
-    settings: dict[str, Any] | None = None
-    allocator: str = "discounted_stochastic"
+    settings: dict[str, Any] = DERIVED
+    allocator: Name = "discounted_stochastic"
     active: int | None = None
     threshold: float = 0.5
-    schedule: str = "periodic"
+    schedule: Schedule = "periodic"
     period: int = 50
-    importance: str = "forward"
+    importance: Importance = "forward"
     scoring_steps: int = 1
-    norm: int = 2
-    optimizer: str = "global"
+    norm: Norm = 2
+    optimizer: Steps = "global"
 
     def __post_init__(self):
         super().__post_init__()
         self.settings = {} if self.settings is None else self.settings
-        check_choice("allocator", self.allocator, ALLOCATORS)
-        check_choice("schedule", self.schedule, ("periodic", "once"))
-        check_choice("importance", self.importance, ("forward", "backward"))
-        check_choice("norm", self.norm, (1, 2))
-        check_choice("optimizer", self.optimizer, ("global", "local"))
+        check_choice("allocator", self.allocator, get_args(Name))
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_choice("importance", self.importance, get_args(Importance))
+        check_choice("norm", self.norm, get_args(Norm))
+        check_choice("optimizer", self.optimizer, get_args(Steps))
         if type(self.period) is not int or self.period < 1:
             raise UsageError("period", self.period, "must be a whole number of steps > 0")
         if type(self.scoring_steps) is not int or not 1 <= self.scoring_steps <= self.period:
@@ -82,7 +88,7 @@ class DynamicConfig(VariantConfig):
         if not isinstance(self.settings, dict):
             raise UsageError("settings", self.settings, "write a mapping, such as {preset: TL5}")
 
-    def scores(self, importance: str) -> bool:
+    def scores(self, importance: Importance) -> bool:
         """Whether modules are chosen by this importance."""
         return self.allocator != "random" and self.importance == importance
 
@@ -155,12 +161,13 @@ class Dynamic(Wrapper[DynamicConfig]):
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         factors = self.inner.factors(site, tensors, weight)
         if site not in self.active:
-            return Factors(*(part.detach() if isinstance(part, Tensor) else part for part in factors))
+            A, B, scale, gain = factors
+            return Factors(A.detach(), B.detach(), scale, None if gain is None else gain.detach())
         if self._scores("backward") and torch.is_grad_enabled():
             factors = factors._replace(A=self._watched(site, "A", factors.A), B=self._watched(site, "B", factors.B))
         return factors
 
-    def _scores(self, importance: str) -> bool:
+    def _scores(self, importance: Importance) -> bool:
         config = self.config
         return config.scores(importance) and not (config.schedule == "once" and self.step >= config.period)
 

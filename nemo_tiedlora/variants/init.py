@@ -1,27 +1,33 @@
 """How adapter tensors start, and how a frozen one is drawn again exactly as it was."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
 import torch
 
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants import drawing, drawing_by_torch
 
-#: Standard deviation of each initialiser for a matrix of shape (fan_out, fan_in).
-STD = {
+#: How a random matrix starts.
+Distribution = Literal["normal", "kaiming_uniform", "kaiming_normal", "xavier"]
+#: How any tensor starts.
+Kind = Literal[Distribution, "constant", "integers", "computed"]
+#: Standard deviation of each distribution for a matrix of shape (fan_out, fan_in).
+STD: dict[str, Callable[[int, int], float]] = {
     "normal": lambda fan_out, fan_in: 1 / math.sqrt(fan_in),
     "kaiming_uniform": lambda fan_out, fan_in: 1 / math.sqrt(3 * fan_in),  # a = sqrt(5), as torch.nn.Linear starts
     "kaiming_normal": lambda fan_out, fan_in: math.sqrt(2 / fan_in),
     "xavier": lambda fan_out, fan_in: math.sqrt(2 / (fan_in + fan_out)),
 }
 #: Starts as ``value`` everywhere.
-CONSTANT = "constant"
+CONSTANT: Final = "constant"
 #: Whole numbers, all equally likely: indices.
-INTEGERS = "integers"
+INTEGERS: Final = "integers"
 #: Starts as the method computes it from the layer's frozen weight (``Variant.computed``), to bits that no other machine
 #: need compute again.
-COMPUTED = "computed"
+COMPUTED: Final = "computed"
 #: How random values are drawn, by the number that adapter files record.
 RULES = {rule.RULE: rule for rule in (drawing, drawing_by_torch)}
 
@@ -41,13 +47,13 @@ class Init:
         UsageError: for an unknown kind or a standard deviation that is not positive.
     """
 
-    kind: str
+    kind: Kind
     std: float | None = None
     value: float = 0.0
     below: int = 0
 
     def __post_init__(self):
-        check_choice("init", self.kind, (*STD, CONSTANT, INTEGERS, COMPUTED))
+        check_choice("init", self.kind, get_args(Kind))
         if self.std is not None and (self.kind not in STD or not self.std > 0):
             raise UsageError("std", self.std, f"must be > 0, and goes with {', '.join(STD)} only")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.own_methods import OF_YOUR_OWN
-from nemo_tiedlora.variants.base import Site, Variant
+from nemo_tiedlora.variants.base import Site, Variant, Wrapper
 from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.dora import Dora
@@ -50,7 +50,7 @@ class Method:
 
     def settings(self) -> dict[str, Any]:
         """Every setting with its default: the section that Hydra's configs have for the method."""
-        return self.config.defaults() | self.defaults
+        return {**self.config.defaults(), **self.defaults}
 
 
 class Methods(Mapping[str, Method]):
@@ -174,7 +174,7 @@ def build(config: VariantConfig, layers: int) -> Variant:
         UsageError: a combination that makes no sense.
     """
     method = METHODS.inner().get(config.scheme) or METHODS.of(config.scheme)
-    if isinstance(config, DynamicConfig):
+    if isinstance(config, DynamicConfig) and issubclass(method.variant, Wrapper):
         return method.variant(config, build(inner_config(config), layers))
     variant = method.variant(config, layers)
     if config.lr_ratio != 1:

@@ -7,15 +7,17 @@ u and v are not in the paper; they are trained per layer if asked for. A layer o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import groups as grouping
 from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
-from nemo_tiedlora.variants.config import VariantConfig, check_start, parts
+from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_start, parts
 from nemo_tiedlora.variants.init import ZEROS, Init, constant
+
+Expansion = Literal["none", "budget"]
 
 
 @dataclass(kw_only=True)
@@ -36,8 +38,8 @@ class SharedConfig(VariantConfig):
     scheme: str = "share_lora"
     groups: list | str = "odd_even"
     shared_layers: int | None = None
-    rank_expansion: str | int = "none"
-    train: list[str] | None = None
+    rank_expansion: Expansion | int = "none"
+    train: list[str] = DERIVED
     init_u: float = 1.0
 
     def __post_init__(self):
@@ -49,8 +51,8 @@ class SharedConfig(VariantConfig):
             raise UsageError("train", self.train, "ShareLoRA trains A and B, and optionally u and v")
         check_start("init_u", self.init_u, self.train)
         expansion = self.rank_expansion
-        whole = isinstance(expansion, int) and not isinstance(expansion, bool)
-        if expansion not in ("none", "budget") and not (whole and expansion > 0):
+        is_rank = isinstance(expansion, int) and not isinstance(expansion, bool) and expansion > 0
+        if expansion not in get_args(Expansion) and not is_rank:
             raise UsageError("rank_expansion", expansion, "write none, budget or a whole number > 0")
         if expansion == "budget" and self.train != ["A", "B"]:
             raise UsageError("rank_expansion", expansion, "counts A and B only; train nothing else, or write a number")
@@ -67,7 +69,7 @@ class Shared(Variant[SharedConfig]):
             adapted = set(config.adapted_layers(layers))
             sharing = [[layer for layer in group if layer in adapted] for group in self.groups]
             self.rank = grouping.expanded_rank(config.rank, [group for group in sharing if group], len(adapted))
-        elif config.rank_expansion != "none":
+        elif isinstance(config.rank_expansion, int):
             self.rank = config.rank_expansion
 
     def _groups(self) -> grouping.Groups:

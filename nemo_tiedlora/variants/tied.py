@@ -9,16 +9,19 @@ table 1 names some of them.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
-from nemo_tiedlora.variants.config import VariantConfig, check_start, parts
+from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_start, parts
 from nemo_tiedlora.variants.init import ZEROS, Init, constant
 
+Preset = Literal["LoRA", "TL1", "TL2", "TL3", "TL4", "TL5", "TL6", "VeRA"]
+InitScheme = Literal["paper", "zero_delta", "authors"]
 #: Paper, table 1: what each named configuration trains, and what it ties.
-PRESETS: dict[str, tuple[str, str]] = {
+PRESETS: dict[Preset, tuple[str, str]] = {
     "LoRA": ("AB", ""),
     "TL1": ("A", "AB"),
     "TL2": ("Auv", "AB"),
@@ -47,16 +50,16 @@ class TiedConfig(VariantConfig):
     """
 
     scheme: str = "tied_lora"
-    preset: str = "TL6"
-    train: list[str] | None = None
-    tie: list[str] | None = None
-    init_scheme: str = "paper"
+    preset: Preset = "TL6"
+    train: list[str] = DERIVED
+    tie: list[str] = DERIVED
+    init_scheme: InitScheme = "paper"
     init_u: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice("preset", self.preset, PRESETS)
-        check_choice("init_scheme", self.init_scheme, ("paper", "zero_delta", "authors"))
+        check_choice("preset", self.preset, get_args(Preset))
+        check_choice("init_scheme", self.init_scheme, get_args(InitScheme))
         preset_train, preset_tie = PRESETS[self.preset]
         self.train = parts("train", preset_train if self.train is None else self.train, PARTS)
         self.tie = parts("tie", preset_tie if self.tie is None else self.tie, ("A", "B"))

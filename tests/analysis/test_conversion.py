@@ -77,4 +77,4 @@ def test_untrained_layers_are_left_out():
     by_site = dict(zip(sites(8, 8), matrices, strict=True))
     assert conversion.compare(by_site)["attention_qkv"]["layers"] == [0, 1, 3, 4]
     with pytest.raises(UsageError, match="as before training"):
-        conversion.compare({site: matrices[2] for site in by_site})
+        conversion.compare(dict.fromkeys(by_site, matrices[2]))

@@ -14,6 +14,7 @@ from benchmark_suite.report.comparisons import compare
 from benchmark_suite.report.pareto import front
 from benchmark_suite.report.section import sections
 from benchmark_suite.report.significance import bootstrap, holm, t_test
+from benchmark_suite.task import Example
 
 
 def resampled(differences, resamples=20_000):
@@ -136,6 +137,12 @@ def test_why_there_is_no_bootstrap(tmp_path):
     assert comparison(tmp_path).why_not == "no predictions"
 
 
+def test_scores_of_no_example_at_all_are_not_compared(tmp_path):
+    write(tmp_path / "a", [1, 0, 1], variant="LoRA")
+    write(tmp_path / "b", variant="TL6", metrics={"exact_match": metric(0.0, count=0)})
+    assert comparison(tmp_path).why_not == "broken predictions"
+
+
 @pytest.mark.parametrize("metric_name", ["mcc", "f1", "pearson", "bleu"])
 def test_metrics_of_a_corpus_are_resampled_as_such(tmp_path, metric_name):
     """Against drawing indices and asking the metric itself, over two seeds."""
@@ -173,7 +180,8 @@ def corpus(metric_name, generator, count):
     keys = list(product(("LoRA", "TL6"), (0, 1)))
     if metric_name in ("mcc", "f1"):
         labels = generator.integers(0, 2, size=count)
-        examples = [SimpleNamespace(label=int(label), choices=("no", "yes")) for label in labels]
+        choices = ("no", "yes")
+        examples = [Example("", "", "", (), choices, int(label)) for label in labels]
         right = {key: noisy(*reversed(key)) for key in keys}
         answers = {key: numpy.where(right[key], labels, 1 - labels) for key in keys}
         return examples, {key: [[float(a == 0), float(a == 1)] for a in own] for key, own in answers.items()}

@@ -102,6 +102,17 @@ def test_bad_rows_are_named(colours, row, message):
     assert message in str(error.value) and f"{id}.train[1]." in str(error.value)
 
 
+def test_without_choices_a_choice_is_a_field_like_any_other(colours):
+    spec = {name: GOOD[name] for name in ("description", "source", "recipe")} | {
+        "prompt": "Why {{ choice }}?",
+        "target": "{{ reason }}",
+        "prediction": {"kind": "generate", "max_tokens": 4},
+        "metrics": ["exact_match"],
+    }
+    task, _ = colours([{"choice": "tea", "reason": "It is hot."}], spec, "choice-v1")
+    assert [example.prompt for example in task.examples("train")] == ["Why tea?"]
+
+
 def test_empty_splits_are_named(colours):
     task, _ = colours([], id="colours-v2")
     with pytest.raises(UsageError, match="colours-v2.train=.* has no rows"):

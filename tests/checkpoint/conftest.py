@@ -37,7 +37,7 @@ def _make(scheme="tied_lora", shape=None, dtype=torch.float32, seed=0, **setting
         else:
             drawn = spec.init.draw(size, variant.seed, key, variant.drawing_rule)
             checksums[key] = record(drawn, spec.init.unit(size))
-    known = {path: "0" * 64 for path in ("self_attention.linear_qkv", "mlp.linear_fc2")}
+    known = dict.fromkeys(("self_attention.linear_qkv", "mlp.linear_fc2"), "0" * 64)
     return Adapter(scheme, settings_of(config, variant, checksums), Base.of(model, known), tensors)
 
 

@@ -222,7 +222,7 @@ def model():
                     if (batch[:, length:] == pieces.eos_id).any(1).all():
                         break
                 for index, ids in zip(indices, batch[:, length:].tolist(), strict=True):
-                    said[index] = pieces.ids_to_text(ids[: (ids + [pieces.eos_id]).index(pieces.eos_id)])
+                    said[index] = pieces.ids_to_text(ids[: [*ids, pieces.eos_id].index(pieces.eos_id)])
             return [said[index] for index in range(len(prompts))]
 
         yield SimpleNamespace(answers=answers, logits=logits, config=restored.cfg)

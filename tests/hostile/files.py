@@ -118,7 +118,7 @@ def distributed(folder: Path, extra=None) -> Files:
     """A base in pieces, with something that a layer keeps beside its weights."""
     import torch.distributed.checkpoint as dcp
 
-    state = {key: value for key, value in weights().items()} | {"model.decoder._extra_state": extra}
+    state = weights() | {"model.decoder._extra_state": extra}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
     files = {f"model_weights/{path.name}": path.read_bytes() for path in folder.iterdir()}
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
@@ -176,7 +176,7 @@ def tar_tricks(files: Files) -> Iterator[tuple[str, bytes]]:
                 change(tar)
         return buffer.getvalue()
 
-    first, last = list(files)[0], list(files)[-1]
+    first, last = next(iter(files)), list(files)[-1]
     sound = packed()
     end = bytes(1024)
     body = sound.rstrip(b"\0")
@@ -283,7 +283,7 @@ def bad_weights(canary: Path, sound: dict[str, torch.Tensor]) -> Iterator[tuple[
     call = Call(os.system, f"touch {canary}")
     yield "calls deep inside", saved({**sound, "x": [{"y": (1, call)}]})
     yield "calls in a list", saved([call])
-    yield "a bare pickle", pickle.dumps({**{key: 1 for key in sound}, "x": call})
+    yield "a bare pickle", pickle.dumps({**dict.fromkeys(sound, 1), "x": call})
     yield "an old torch file", saved({**sound, "x": call}, _use_new_zipfile_serialization=False)
     content = saved(sound)
     grown = io.BytesIO()

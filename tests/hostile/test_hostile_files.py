@@ -488,3 +488,6 @@ def test_only_a_file_that_is_trusted_by_its_sha256_is_read_as_it_is(base, canary
             assert pickles.guarded()
     with pickles.trusting([sha256_of(base)]), pytest.raises(UsageError, match="trust_sha256="):
         check(path, "base")
+    path = files.pack(tmp_path / "list.nemo", files.single() | {"model_config.yaml": b"- num_layers\n"})
+    with pickles.trusting([sha256_of(path)]), pytest.raises(UsageError, match="not a list of settings with names"):
+        check(path, "base")

@@ -365,7 +365,7 @@ def test_two_adapters_work_side_by_side(finetuning, tmp_path):
     trainer.fit(model)
     linear = model.model.decoder.layers[1].self_attention.linear_qkv
     together = logits(model)
-    parts = [name for name in linear.adapter_layer]
+    parts = list(linear.adapter_layer)
     assert parts == ["tied_lora_attention_qkv", "share_lora_attention_qkv"]
     for part in parts:
         for layer in model.model.decoder.layers:

@@ -121,7 +121,7 @@ def test_an_adapter_of_an_earlier_version_goes_on_by_its_own_rule(finetuning, tm
     expected = logits(model)
     model.save_to(str(tmp_path / "new.nemo"))
     saved = read(tmp_path / "new.nemo")
-    elsewhere = {key: "0" * 64 for key in saved.settings["checksums"]}
+    elsewhere = dict.fromkeys(saved.settings["checksums"], "0" * 64)
     settings = {name: value for name, value in saved.settings.items() if name != "drawing_rule"}
     write(replace(saved, settings=settings | {"checksums": elsewhere}), tmp_path / "old")
     console.note.cache_clear()

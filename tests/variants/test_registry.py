@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from stack import Layers
 
 from nemo_tiedlora import attach, own_methods
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants import METHODS, Method, Site, Tied, TiedConfig, build, config_for
+from nemo_tiedlora.variants import METHODS, PRESETS, Method, Site, Tied, TiedConfig, build, config_for
+from nemo_tiedlora.variants.allocate import ALLOCATORS, Name
 from nemo_tiedlora.variants.base import Factors, Wrapper
+from nemo_tiedlora.variants.init import STD, Distribution
+from nemo_tiedlora.variants.tied import Preset
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "conf" / "megatron_gpt_finetuning_config.yaml"
@@ -190,3 +194,8 @@ def test_an_installed_package_brings_its_methods_and_a_broken_one_harms_no_other
     assert done.stderr == (
         "note: the methods of not_there could not be loaded: ModuleNotFoundError: No module named 'not_there'\n"
     )
+
+
+@pytest.mark.parametrize(("names", "table"), [(Preset, PRESETS), (Name, ALLOCATORS), (Distribution, STD)])
+def test_what_a_setting_may_be_called_is_what_there_is(names, table):
+    assert get_args(names) == tuple(table)
