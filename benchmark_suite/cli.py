@@ -9,12 +9,12 @@ import typer
 
 from benchmark_suite.report.command import report
 from benchmark_suite.runner.command import DataRoot, TasksPath, VariantsPath, run, sweep
-from nemo_tiedlora import console
-from nemo_tiedlora.console import AsJson
+from nemo_tiedlora.facade import EPILOG, AsJson, run_command, take_methods
 
 app = typer.Typer(
     name="benchmark_suite",
     help="Fine-tuning methods compared on equal terms.",
+    epilog=EPILOG,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,7 +34,7 @@ class Kind(StrEnum):
 
 def main() -> None:
     """Entry point."""
-    console.run(app)
+    run_command(app, take=take_methods)
 
 
 @app.command("list")

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.facade import UsageError, closest
 
 
 class _Dataclass(Protocol):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from benchmark_suite.declared import read
 from benchmark_suite.task_spec import TaskSpec
 from benchmark_suite.variant_spec import VariantSpec
-from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.facade import UsageError, closest
 
 if TYPE_CHECKING:
     from benchmark_suite.task import Task

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_suite.task_spec import TaskSpec
-from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.facade import UsageError
 
 Row = dict[str, Any]
 
@@ -46,9 +46,9 @@ def rows(spec: TaskSpec, split: str, data_root: Path | None, limit: int | None) 
     """
     source, where = spec.source, location(spec, split, data_root)
     if source.generated:
-        from nemo_tiedlora.embedded import tasks
+        from nemo_tiedlora.facade import builtin_rows
 
-        found = tasks.rows(source.generated, split, int(source.splits[split]), spec.seed)
+        found = builtin_rows(source.generated, split, int(source.splits[split]), spec.seed)
     elif data_root is not None or source.folder:
         found = READERS[Path(where).suffix](Path(where))
     else:

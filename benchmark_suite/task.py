@@ -9,7 +9,7 @@ from benchmark_suite import sources
 from benchmark_suite.metrics import METRICS, Score
 from benchmark_suite.task_spec import DELIMITER, SPLITS, TaskSpec
 from benchmark_suite.templates import evaluate, mentions, render
-from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.facade import UsageError, check_choice
 
 #: What a model answers: a text, or the log-likelihood of each choice.
 Prediction = str | Sequence[float]

@@ -8,7 +8,7 @@ from benchmark_suite.declared import build, check_list, check_rates, check_text,
 from benchmark_suite.metrics import METRICS, Kind
 from benchmark_suite.templates import check_expression, check_template
 from benchmark_suite.variant_spec import VariantSpec
-from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.facade import UsageError, check_choice, closest
 
 #: The splits that every task has. More to test on may be declared, with names such as ``test_mismatched``.
 SPLITS = ("train", "validation", "test")
@@ -46,9 +46,9 @@ class Source:
             raise UsageError("path", self.path, "name one source: path (Hugging Face), folder or generated")
         check_text(given[0], kinds[given[0]])
         if self.generated:
-            from nemo_tiedlora.embedded.tasks import TASKS
+            from nemo_tiedlora.facade import BUILTIN_TASKS
 
-            check_choice("generated", self.generated, TASKS)
+            check_choice("generated", self.generated, BUILTIN_TASKS)
         if not isinstance(self.splits, dict):
             raise UsageError("splits", self.splits, "write a mapping, such as {train: train, test: validation}")
         for split in SPLITS:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.facade import UsageError
 
 if TYPE_CHECKING:
     from jinja2.sandbox import SandboxedEnvironment

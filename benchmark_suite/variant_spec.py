@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmark_suite.declared import build, check_list, check_rates, check_text, plain
-from nemo_tiedlora.errors import UsageError, closest
-from nemo_tiedlora.own_methods import OF_YOUR_OWN
+from nemo_tiedlora.facade import UsageError, closest
 
 #: Baselines, whose settings NeMo checks: scheme → the section of its settings under model.peft, and its setting for
 #: what a rank is to LoRA.
@@ -100,7 +99,7 @@ class VariantSpec:
         """
         if self.scheme in STOCK:
             return
-        from nemo_tiedlora.variants import METHODS, config_for
+        from nemo_tiedlora.facade import METHODS, OF_YOUR_OWN, config_for
 
         if self.scheme not in METHODS:
             raise UsageError("scheme", self.scheme, f"{closest(self.scheme, (*METHODS, *STOCK))}; {OF_YOUR_OWN}").under(

@@ -5,14 +5,14 @@ python examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
 
 from pathlib import Path
 
-from nemo_tiedlora.nemo.script import hydra_script
+from nemo_tiedlora.job.script import hydra_script
 
 CONF = Path(__file__).parent.parent / "conf"
 
 
 @hydra_script(CONF, "megatron_gpt_finetuning_config")
 def main(cfg):
-    from nemo_tiedlora.nemo.finetune import finetune
+    from nemo_tiedlora.job.finetune import finetune
 
     finetune(cfg)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora import console, scripts
+from nemo_tiedlora import console, own_methods, scripts
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.platform.threads import wait_passively
 
@@ -45,7 +45,7 @@ def main(
 
 def run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose):
     from nemo_tiedlora.embedded import base as embedded_base
-    from nemo_tiedlora.nemo.generate import generator
+    from nemo_tiedlora.job.generate import generator
     from nemo_tiedlora.platform.threads import use_one_thread
 
     if base is None:
@@ -71,4 +71,4 @@ def _lines(file: Path | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    console.run(app, scripts.command())
+    console.run(app, scripts.command(), own_methods.take)

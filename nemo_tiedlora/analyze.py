@@ -35,8 +35,8 @@ def layers(
     check_choice("similarity", similarity, ("angular", "cosine"))
     from nemo_tiedlora.analysis.heatmap import Panel
     from nemo_tiedlora.analysis.layers import off_diagonal_mean
-    from nemo_tiedlora.nemo import calibrate
-    from nemo_tiedlora.nemo.inputs import nemo_config
+    from nemo_tiedlora.job import calibrate
+    from nemo_tiedlora.model.config import nemo_config
 
     nemo_config(base, "base")
     texts = calibrate.read_texts(data, samples, field)
@@ -63,7 +63,7 @@ def subspace(
     import torch
 
     from nemo_tiedlora.analysis import subspace as subspaces
-    from nemo_tiedlora.nemo.loaded import adapted_layers, check_adapted
+    from nemo_tiedlora.job.loaded import adapted_layers, check_adapted
 
     check_adapted(base, adapter, "adapter")
     if other:
@@ -96,7 +96,7 @@ def conversion(base: Base, adapter: Adapter, out: Out = Path("conversion.png"), 
     import torch
 
     from nemo_tiedlora.analysis import conversion as conversions
-    from nemo_tiedlora.nemo.loaded import adapted_layers, check_adapted
+    from nemo_tiedlora.job.loaded import adapted_layers, check_adapted
 
     check_adapted(base, adapter, "adapter")
     adapted = adapted_layers(base, adapter)
@@ -142,7 +142,7 @@ def _start(out: Path) -> None:
     wait_passively()
     if out.suffix != ".png":
         raise UsageError("out", str(out), "must end in .png; the numbers take the same name with .json")
-    from nemo_tiedlora.nemo.inputs import check_output
+    from nemo_tiedlora.files import check_output
 
     check_output(out.parent, "out")
 

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from nemo_tiedlora import __version__, analyze, console, scripts
+from nemo_tiedlora import __version__, analyze, console, own_methods, scripts
 from nemo_tiedlora.console import AsJson, show
 from nemo_tiedlora.errors import UsageError
 
 app = typer.Typer(
     name="tiedlora",
     help="Adapters with tied, shared and conditional factors: train them, use them, and see what is in them.",
+    epilog=own_methods.EPILOG,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,7 +25,7 @@ app.add_typer(analyze.app, name="analyze")
 
 def main() -> None:
     """Entry point."""
-    console.run(app)
+    console.run(app, take=own_methods.take)
 
 
 def _print_version(asked: bool) -> None:
@@ -101,8 +102,8 @@ def params(
 
     from omegaconf import OmegaConf
 
-    from nemo_tiedlora.nemo.inputs import nemo_config
-    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.model.config import nemo_config
+    from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.variants import config_for
 
     if base:
@@ -151,8 +152,10 @@ def inspect(
 
     from omegaconf import OmegaConf
 
-    from nemo_tiedlora.nemo.inputs import SHAPE_FIELDS, STOCK_SCHEMES, saved_config
-    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.checkpoint.saved import saved_config
+    from nemo_tiedlora.job.inputs import STOCK_SCHEMES
+    from nemo_tiedlora.model.sizes import sizes
+    from nemo_tiedlora.model.targets import SHAPE_FIELDS
     from nemo_tiedlora.variants import METHODS, config_for
 
     saved = saved_config(adapter, "adapter")
@@ -192,10 +195,10 @@ def groups(
     """Find layers of a base that can share factors (ShareLoRA), from its outputs over a calibration text."""
     from nemo_tiedlora.analysis.heatmap import Panel, draw
     from nemo_tiedlora.errors import check_choice
-    from nemo_tiedlora.files import sha256_of, write_text
-    from nemo_tiedlora.nemo import calibrate
-    from nemo_tiedlora.nemo.inputs import check_output, nemo_config
-    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.files import check_output, sha256_of, write_text
+    from nemo_tiedlora.job import calibrate
+    from nemo_tiedlora.model.config import nemo_config
+    from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.platform.threads import wait_passively
     from nemo_tiedlora.variants import SharedConfig
     from nemo_tiedlora.variants.groups import GROUPINGS
@@ -252,7 +255,7 @@ def merge(
 ) -> None:
     """Write an adapter into its base: an ordinary .nemo that needs no adapter, and no more memory than one weight."""
     from nemo_tiedlora.checkpoint import merge as merging
-    from nemo_tiedlora.nemo.inputs import check_output
+    from nemo_tiedlora.files import check_output
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
@@ -276,7 +279,8 @@ def convert(
 
     from nemo_tiedlora.checkpoint import Base, legacy, write
     from nemo_tiedlora.checkpoint.base import open_base
-    from nemo_tiedlora.nemo.inputs import check_output, check_shape
+    from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.model.config import check_shape
 
     check_output(out.parent, "out")
     converted = legacy.convert(adapter)

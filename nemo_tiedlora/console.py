@@ -2,14 +2,13 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Annotated, TypeVar
 
 import typer
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.own_methods import take
 from nemo_tiedlora.ranks import is_first_rank
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -43,14 +42,17 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def run(app: typer.Typer, name: str | None = None) -> None:
+def run(
+    app: typer.Typer, name: str | None = None, take: Callable[[list[str]], list[str]] = lambda arguments: arguments
+) -> None:
     """Run a command, in UTF-8 whatever the locale: a mistake in the input ends in one line and exit code 2.
 
-    Every command takes ``--methods FILE.py``, anywhere on its command line.
+    Args:
+        name: of the command, in what it says of its usage.
+        take: takes what is not for ``app`` from the command line, and gives back the rest.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8")
-    app.info.epilog = "--methods FILE.py, anywhere on the command line, adds the methods of a file of your own."
     try:
         app(take(sys.argv[1:]), prog_name=name)
     except UsageError as error:

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from nemo_tiedlora.errors import UsageError
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Bytes of a file that takes a noticeable time to read through.
 LARGE = 2**28
+#: A run writes checkpoints, logs and the adapter; less free disk than this is not worth starting with.
+MINIMUM_FREE_BYTES = 64 * 2**20
 
 
 @contextmanager
@@ -96,3 +100,18 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file (hexadecimal)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_output(folder: Path, field: str) -> None:
+    """Make ``folder`` and prove that it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(field, str(folder), f"cannot be written to ({error.strerror})") from None
+    free = shutil.disk_usage(folder).free
+    if free < MINIMUM_FREE_BYTES:
+        raise UsageError(
+            field, str(folder), f"no disk space: {free / 2**20:.0f} MiB free, {MINIMUM_FREE_BYTES / 2**20:.0f} needed"
+        )

@@ -8,8 +8,7 @@ from pathlib import Path
 from nemo_tiedlora.errors import UsageError
 
 OPTION = "--methods"
-#: What to do about a method that is not known.
-OF_YOUR_OWN = "a method of your own is loaded by --methods FILE.py, or by installing the package that has it"
+EPILOG = "--methods FILE.py, anywhere on the command line, adds the methods of a file of your own."
 #: The files that were loaded into this process.
 LOADED: list[Path] = []
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.facade import UsageError
 
 NUMBER = (int, float)
 TEXT = (str,)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora.console import AsJson
+from nemo_tiedlora.facade import AsJson
 
 
 def report(
@@ -22,8 +22,7 @@ def report(
     from benchmark_suite.report import formats
     from benchmark_suite.report.page import page
     from benchmark_suite.report.summary import summarize
-    from nemo_tiedlora.errors import UsageError
-    from nemo_tiedlora.files import write_text
+    from nemo_tiedlora.facade import UsageError, write_text
 
     summary = summarize(results, against)
     for path, render in ((html, page), (markdown, formats.markdown), (csv, formats.as_csv)):

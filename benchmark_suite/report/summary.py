@@ -9,7 +9,7 @@ from benchmark_suite.report.cells import Broken, Cell, load
 from benchmark_suite.report.section import Section, sections
 from benchmark_suite.report.table import Column, Table, words
 from benchmark_suite.report.tables import tables
-from nemo_tiedlora.errors import check_choice
+from nemo_tiedlora.facade import check_choice
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmark_suite.task_spec import TaskSpec
 from benchmark_suite.variant_spec import VariantSpec
-from nemo_tiedlora import __version__
+from nemo_tiedlora.facade import __version__
 
 
 @dataclass(frozen=True)

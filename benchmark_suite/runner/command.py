@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora.console import AsJson
-from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.facade import AsJson, UsageError
 
 Base = Annotated[Path | None, typer.Option(help="Base model (.nemo); by default the built-in one.")]
 DataRoot = Annotated[
@@ -103,10 +102,7 @@ def _sweep(
     from benchmark_suite import registry
     from benchmark_suite.runner import sweep as sweeping
     from benchmark_suite.runner.runner import Runner
-    from nemo_tiedlora.console import show
-    from nemo_tiedlora.embedded import base as embedded_base
-    from nemo_tiedlora.nemo.inputs import check_output
-    from nemo_tiedlora.platform.threads import use_one_thread, wait_passively
+    from nemo_tiedlora.facade import builtin_base, check_output, show, use_one_thread, wait_passively
 
     wait_passively()
     for folder in tasks_path or ():
@@ -118,7 +114,7 @@ def _sweep(
     if not base:
         use_one_thread()
     check_output(results, "results")
-    base = base or embedded_base.base()
+    base = base or builtin_base()
     cells = sweeping.matrix(with_data, chosen, base, ranks, seeds, rates, limit, str(precision))
     if part:
         cells = sweeping.part_of(cells, part)

@@ -14,10 +14,10 @@ from benchmark_suite.runner.log import LOG, logged
 from benchmark_suite.runner.memory import PeakMemory
 from benchmark_suite.task import Prediction, Task
 from benchmark_suite.variant_spec import STOCK
-from nemo_tiedlora.files import replacing, write_text
+from nemo_tiedlora.facade import replacing, write_text
 
 if TYPE_CHECKING:
-    from nemo_tiedlora.nemo.workbench import Job, Workbench
+    from nemo_tiedlora.facade import Job, Workbench
 
 #: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.
 ATTEMPTS = 2
@@ -52,7 +52,7 @@ class Runner:
     def bench(self) -> "Workbench":
         """The base in memory; loaded when the first cell needs it."""
         if self._bench is None:
-            from nemo_tiedlora.nemo.workbench import workbench
+            from nemo_tiedlora.facade import workbench
 
             self._bench = self._until_exit.enter_context(workbench(self.base, self.precision))
         return self._bench
@@ -187,7 +187,7 @@ class Runner:
         }
 
     def _job(self, cell: Cell) -> "Job":
-        from nemo_tiedlora.nemo.workbench import Job
+        from nemo_tiedlora.facade import Job
 
         recipe, settings = cell.task.recipe, cell.variant.settings_at(cell.rank)
         if cell.variant.scheme not in STOCK:
@@ -246,8 +246,7 @@ class Runner:
 
     def _sizes(self, cell: Cell, trainable: int) -> dict[str, Any]:
         """Share of the parameters of LoRA on the same layers at the same rank; of QKV at rank 8 if there is none."""
-        from nemo_tiedlora.nemo.sizes import lora_size, sizes
-        from nemo_tiedlora.variants import TiedConfig, config_for
+        from nemo_tiedlora.facade import TiedConfig, config_for, lora_size, sizes
 
         model = self.bench.model.cfg
         if cell.variant.scheme in STOCK:

@@ -13,11 +13,7 @@ from benchmark_suite.runner.cell import Cell, sha256_of_examples
 from benchmark_suite.runner.runner import Runner
 from benchmark_suite.task import Task
 from benchmark_suite.variant_spec import VariantSpec
-from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.files import sha256_of
-from nemo_tiedlora.nemo.inputs import nemo_config
-from nemo_tiedlora.nemo.sizes import check_fit
-from nemo_tiedlora.variants import METHODS, config_for
+from nemo_tiedlora.facade import METHODS, UsageError, check_fit, config_for, nemo_config, sha256_of
 
 
 def matrix(

@@ -9,10 +9,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from nemo_tiedlora.checkpoint.model_config import MOST_LAYERS, MOST_SIZE
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.sizes import sites
-from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, TARGETS, expand
+from nemo_tiedlora.model.config import MOST_LAYERS, MOST_SIZE
+from nemo_tiedlora.model.sizes import sites
+from nemo_tiedlora.model.targets import SHAPE_FIELDS, TARGETS, expand
 from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.frozen import check
 

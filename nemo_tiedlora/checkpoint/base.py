@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_tiedlora.checkpoint import pickles
-from nemo_tiedlora.checkpoint.archive import Archive, entry, opened
-from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, config_as_it_is, read_model_config
 from nemo_tiedlora.checkpoint.pieces import Pieces
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
-from nemo_tiedlora.nemo.targets import TARGETS, shape
+from nemo_tiedlora.model.archive import Archive, entry, opened
+from nemo_tiedlora.model.config import MODEL_CONFIG, config_as_it_is, read_model_config
+from nemo_tiedlora.model.targets import TARGETS, shape
 
 FOLDER = "model_weights/"
 METADATA = f"{FOLDER}.metadata"

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from nemo_tiedlora.checkpoint import pickles
 from nemo_tiedlora.checkpoint.adapter import Adapter, Base, settings_of
-from nemo_tiedlora.checkpoint.archive import Archive, opened
-from nemo_tiedlora.checkpoint.model_config import read_model_config
 from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand
+from nemo_tiedlora.model.archive import Archive, opened
+from nemo_tiedlora.model.config import read_model_config
+from nemo_tiedlora.model.targets import TARGETS, blocks, expand
 from nemo_tiedlora.variants import METHODS, build, config_for
 
 #: NeMo's name of an adapter, and its target.

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from nemo_tiedlora.checkpoint.adapter import Adapter
 from nemo_tiedlora.checkpoint.base import open_base
-from nemo_tiedlora.checkpoint.model_config import plain
 from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.inputs import check_shape
-from nemo_tiedlora.nemo.targets import TARGETS, rows
+from nemo_tiedlora.model.config import check_shape, plain
+from nemo_tiedlora.model.targets import TARGETS, rows
 from nemo_tiedlora.variants import Factors, FrozenWeight, Site, merged
 
 #: Under this name a merged base's config lists what was merged into it, latest last.

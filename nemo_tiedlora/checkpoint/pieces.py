@@ -6,8 +6,8 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from nemo_tiedlora.checkpoint import pickles
-from nemo_tiedlora.checkpoint.archive import Files, Folder
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.model.archive import Files, Folder
 
 #: The list of pieces, and what is no tensor, cannot be larger.
 MOST_METADATA, MOST_OBJECT = 2**30, 2**26

@@ -22,11 +22,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from nemo_tiedlora.checkpoint.adapter import Adapter, Base, Blueprint
-from nemo_tiedlora.checkpoint.archive import entry, opened
-from nemo_tiedlora.checkpoint.model_config import MODEL_CONFIG, check, parse
 from nemo_tiedlora.checkpoint.stack import stack, unstack
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import move, replacing, write_bytes
+from nemo_tiedlora.model.archive import entry, opened
+from nemo_tiedlora.model.config import MODEL_CONFIG, check, parse
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

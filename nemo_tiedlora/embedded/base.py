@@ -4,7 +4,7 @@
 
     path = base()        # a `.nemo` file in the user's cache folder
 
-`nemo_tiedlora.embedded.pretrain` made the weights and the tokenizer.
+`nemo_tiedlora.job.pretrain` made the weights and the tokenizer.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def packed() -> bytes:
     from omegaconf import OmegaConf
     from safetensors.torch import load
 
-    from nemo_tiedlora.checkpoint.archive import entry
+    from nemo_tiedlora.model.archive import entry
 
     weights = dict(sorted(load(shipped(WEIGHTS)).items()))  # they come in any order
     # NeMo tells the files of several models apart by such names.

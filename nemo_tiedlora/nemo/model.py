@@ -12,11 +12,11 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, open_dict
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_tiedlora import register
 from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.checkpoint.pickles import as_it_is
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.interrupt import Epochs
+from nemo_tiedlora.nemo.epochs import Epochs
+from nemo_tiedlora.nemo.hooks import register
 from nemo_tiedlora.nemo.resume import keep_one_last
 
 BASE = "model.restore_from_path"

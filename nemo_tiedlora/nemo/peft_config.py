@@ -8,11 +8,11 @@ from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.model.sizes import sites
+from nemo_tiedlora.model.targets import TARGETS, blocks, expand, rows, shape
 from nemo_tiedlora.nemo.adaptations import Adaptation, Adaptations
 from nemo_tiedlora.nemo.adapter import FactorAdapter, adapter_config
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
-from nemo_tiedlora.nemo.sizes import sites
-from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand, rows, shape
 from nemo_tiedlora.parallel.cut import cut, tensor_ranks
 from nemo_tiedlora.parallel.exchange import agreed
 from nemo_tiedlora.parallel.scores import Ranks

@@ -5,27 +5,24 @@ the layout it began with. For a model that trains nothing but adapters of ours t
 file, which rank 0 writes and every rank of any layout reads its part of.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from nemo.utils.model_utils import inject_model_parallel_rank
 
 from nemo_tiedlora.checkpoint.adapter import specs_of
-from nemo_tiedlora.checkpoint.archive import Folder
 from nemo_tiedlora.checkpoint.pickles import Refused, as_it_is, is_trusted, load, with_digest
 from nemo_tiedlora.checkpoint.pieces import check_folder
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.model.archive import Folder
+from nemo_tiedlora.model.sizes import sites
 from nemo_tiedlora.nemo.checked import Checked
 from nemo_tiedlora.nemo.optimizer_states import inner, restore, settings_of, states
-from nemo_tiedlora.nemo.record import Record
 from nemo_tiedlora.nemo.saved import only_ours, part, whole
-from nemo_tiedlora.nemo.sizes import sites
 from nemo_tiedlora.variants import Bank, count, drawing_by_torch
 
 #: Where the whole tensors are in a checkpoint.
@@ -146,8 +143,8 @@ def load_checkpoint(self, stock, checkpoint_path, *args, **kwargs):
     checkpoint = _loaded(self, stock, Path(checkpoint_path), *args, **kwargs)
     checked = Checked(checkpoint_path, checkpoint)
     for callback in model.trainer.callbacks:
-        if isinstance(callback, Recorded):
-            callback.check(checkpoint, checkpoint_path, model.trainer.max_steps)
+        if hasattr(callback, "check_continues"):  # before anything is taken from it
+            callback.check_continues(checkpoint, checkpoint_path, model.trainer.max_steps)
     checked.progress(model.trainer)
     _take_along(checkpoint, Path(checkpoint_path), model.trainer.checkpoint_callback)
     if Path(checkpoint_path).is_dir():
@@ -195,35 +192,6 @@ def _loaded(strategy, stock, path: Path, *args, **kwargs) -> dict[str, Any]:
         with as_it_is(file):
             return strategy.checkpoint_io.load_checkpoint(file)
     return _read(file)
-
-
-class Recorded(Callback):
-    """Puts into every checkpoint what its run was started with, and refuses those of another run."""
-
-    KEY = "run"
-
-    def __init__(self, record: Record):
-        self.record = record
-
-    def on_save_checkpoint(self, trainer, model, checkpoint):
-        checkpoint[self.KEY] = self.record.as_dict()
-
-    def check(self, checkpoint: dict[str, Any], path: str | Path, max_steps: int) -> None:
-        """Raise ``UsageError`` unless this run can go on from ``checkpoint``, before anything is taken from it."""
-        if self.KEY not in checkpoint:
-            way_out = "does not say what it was trained with; remove it to start again, or name another folder"
-            raise UsageError("checkpoint", str(path), way_out)
-        try:
-            saved = Record(**json.loads(json.dumps(checkpoint[self.KEY])))
-            self.record.check_continues(saved, path)
-        except UsageError:
-            raise
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
-            raise Checked(path, checkpoint).error(f"{self.KEY} is damaged ({type(error).__name__})") from None
-        step = checkpoint.get("global_step")
-        if type(step) is int and step > max_steps:
-            way_out = f"{path} is of step {step} already; name another folder"
-            raise UsageError("trainer.max_steps", max_steps, way_out)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.pickles import as_it_is, is_trusted
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.model.config import check_shape
+from nemo_tiedlora.model.sizes import sites
+from nemo_tiedlora.model.targets import TARGETS, blocks
 from nemo_tiedlora.nemo.adaptations import Adaptations
-from nemo_tiedlora.nemo.inputs import check_shape
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
-from nemo_tiedlora.nemo.sizes import sites
-from nemo_tiedlora.nemo.targets import TARGETS, blocks
 from nemo_tiedlora.parallel.cut import cut, has_parts, join, tensor_ranks
 from nemo_tiedlora.variants import Site, TensorSpec
 

@@ -7,12 +7,13 @@ from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.dynamic import Dynamic, DynamicConfig
 from nemo_tiedlora.variants.frozen import checksum
 from nemo_tiedlora.variants.init import Init
-from nemo_tiedlora.variants.registry import METHODS, Method, build, config_for
+from nemo_tiedlora.variants.registry import METHODS, OF_YOUR_OWN, Method, build, config_for
 from nemo_tiedlora.variants.shared import Shared, SharedConfig
 from nemo_tiedlora.variants.tied import PRESETS, Tied, TiedConfig
 
 __all__ = [
     "METHODS",
+    "OF_YOUR_OWN",
     "PRESETS",
     "Bank",
     "Conditional",

@@ -11,7 +11,6 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from nemo_tiedlora.errors import UsageError, check_choice, closest
-from nemo_tiedlora.own_methods import OF_YOUR_OWN
 from nemo_tiedlora.variants.base import Site, Variant, Wrapper
 from nemo_tiedlora.variants.conditional import Conditional, ConditionalConfig
 from nemo_tiedlora.variants.config import VariantConfig
@@ -24,6 +23,8 @@ from nemo_tiedlora.variants.xs import XS, XSConfig
 
 #: Installed packages name modules under it that register methods.
 ENTRY_POINTS = "nemo_tiedlora.methods"
+#: What to do about a method that is not known.
+OF_YOUR_OWN = "a method of your own is loaded by --methods FILE.py, or by installing the package that has it"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from nemo_tiedlora.checkpoint import Adapter, Base
 from nemo_tiedlora.checkpoint.adapter import settings_of, specs_of
-from nemo_tiedlora.nemo.sizes import sites
+from nemo_tiedlora.model.sizes import sites
 from nemo_tiedlora.variants import build, config_for
 from nemo_tiedlora.variants.frozen import record
 

@@ -16,7 +16,7 @@ from nemo_tiedlora.checkpoint import write
 from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.checkpoint.merge import merge, unmerge
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.targets import TARGETS, shape
+from nemo_tiedlora.model.targets import TARGETS, shape
 
 QKV = "self_attention.linear_qkv"
 

@@ -57,7 +57,7 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
     """One case on this rank."""
     import lightning.pytorch as pl
 
-    from nemo_tiedlora.nemo.interrupt import Interruptible
+    from nemo_tiedlora.job.callbacks.interrupt import Interruptible
 
     config = toy.finetuning_config(
         Path(files["base"]), Path(files["train"]), Path(files["validation"]), case["peft"],

@@ -20,8 +20,9 @@ from safetensors.torch import load
 
 from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.embedded import base as embedded
-from nemo_tiedlora.embedded import language, pretrain, tasks, tokenizer
+from nemo_tiedlora.embedded import language, tasks, tokenizer
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.job import pretrain
 
 ROOT = Path(__file__).parents[2]
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -178,7 +179,7 @@ def _restored(path, **overrides):
 
 
 def test_the_command_makes_such_files(weights, tmp_path):
-    command = "-m", "nemo_tiedlora.embedded.pretrain", "--out", tmp_path / "new", "--steps", 2
+    command = "-m", "nemo_tiedlora.job.pretrain", "--out", tmp_path / "new", "--steps", 2
     code, said, problems = forked.script(*command, cwd=tmp_path)
     assert code == 0, problems
     made = {name: (tmp_path / "new" / name).read_bytes() for name in embedded.SHA256}

@@ -111,7 +111,7 @@ def test_a_second_job_in_a_folder_says_so_and_any_signal_before_training_is_one_
 def test_new_runs_at_once_have_folders_of_their_own(tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
-    from nemo_tiedlora.nemo import finetune
+    from nemo_tiedlora.job import finetune
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "_runs", lambda root: {})  # as if all had looked before any made its own

@@ -11,7 +11,9 @@ import signal
 import sys
 from pathlib import Path
 
-from nemo_tiedlora.nemo import facts, finetune, saved
+from nemo_tiedlora.job import finetune
+from nemo_tiedlora.job.callbacks import facts
+from nemo_tiedlora.nemo import saved
 
 moment, name, script, *arguments = sys.argv[1:]
 

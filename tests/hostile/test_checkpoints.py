@@ -57,9 +57,9 @@ class Run:
     def __init__(self, folder: Path, kind: str):
         from hydra import compose, initialize_config_dir
 
+        from nemo_tiedlora.job.finetune import finetune
+        from nemo_tiedlora.job.script import prepare_hydra
         from nemo_tiedlora.nemo import model
-        from nemo_tiedlora.nemo.finetune import finetune
-        from nemo_tiedlora.nemo.script import prepare_hydra
 
         def kept(build):
             def built(cfg, base, trainer):

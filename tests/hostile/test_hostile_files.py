@@ -51,7 +51,7 @@ def job(tmp_path_factory):
     """The main job's config."""
     from hydra import compose, initialize_config_dir
 
-    from nemo_tiedlora.nemo.script import prepare_hydra
+    from nemo_tiedlora.job.script import prepare_hydra
 
     prepare_hydra()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -76,7 +76,7 @@ def generate(*arguments):
 
 
 def finetune(job, folder, **settings):
-    from nemo_tiedlora.nemo.finetune import finetune as run
+    from nemo_tiedlora.job.finetune import finetune as run
 
     cfg = job.copy()
     cfg.exp_manager.explicit_log_dir = str(folder)
@@ -453,7 +453,7 @@ def test_allocations(content, canary, tmp_path):
 def test_sound_files_pass(base, pieces, adapter, tmp_path):
     """What the hostile ones were made of."""
     from nemo_tiedlora.checkpoint.base import check_base as check
-    from nemo_tiedlora.nemo.inputs import saved_config
+    from nemo_tiedlora.checkpoint.saved import saved_config
 
     check(base, "base")
     for extra in (None, io.BytesIO(files.saved(None)), torch.empty(0, dtype=torch.uint8)):

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.targets import blocks, expand, is_gated, rows, shape
+from nemo_tiedlora.model.targets import blocks, expand, is_gated, rows, shape
 
 HIDDEN, FFN = 24, 20
 #: By name: heads, query groups and the size of a head as a config says them, and as they are.

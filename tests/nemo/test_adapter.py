@@ -123,7 +123,7 @@ def test_a_saved_adapter_gives_identical_logits_in_a_fresh_process(finetuning, f
     torch.save(logits(model), tmp_path / "expected.pt")
     code = """
 import sys, torch
-from nemo_tiedlora.nemo.generate import generator
+from nemo_tiedlora.job.generate import generator
 base, adapter, expected, chunk = sys.argv[1:]
 with generator(base, adapter) as loaded:
     tokens, positions = torch.arange(5, 5 + int(chunk))[None], torch.arange(int(chunk))[None]
@@ -282,7 +282,7 @@ def numpy_rows(part, weight):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_target_adds_the_merged_weight(finetuning, scheme, targets):
     """Each adapter's ΔW goes where its matrix is: checked by adding B A to those rows by hand."""
-    from nemo_tiedlora.nemo.targets import TARGETS, expand
+    from nemo_tiedlora.model.targets import TARGETS, expand
 
     torch.manual_seed(0)
     settings = {"rank": 4, "target_modules": targets, **SCHEMES[scheme]}
@@ -413,7 +413,7 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
     from stack import Layers, follows
 
     from nemo_tiedlora import attach, register
-    from nemo_tiedlora.nemo.sizes import sizes
+    from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.variants import METHODS, config_for
 
     page = (Path(__file__).parents[2] / "docs" / "adding-a-method.md").read_text()

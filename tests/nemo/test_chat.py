@@ -77,7 +77,7 @@ def dataset(folder, tokenizer, rows, cls=None, **settings):
 
 def seen(dataset, index=0):
     """A row as text, what is learned between « and »."""
-    from nemo_tiedlora.nemo.preview import marked, stretches
+    from nemo_tiedlora.job.preview import marked, stretches
 
     row = dataset.row(index)
     return marked(stretches(dataset.tokenizer, row["input_ids"].tolist(), dataset.learned(row)), False).plain

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_tiedlora.nemo.finetune import _escaped
+from nemo_tiedlora.job.finetune import _escaped
 
 
 @pytest.mark.parametrize(

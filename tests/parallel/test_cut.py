@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_tiedlora.nemo.targets import TARGETS, blocks, expand, rows, shape
+from nemo_tiedlora.model.targets import TARGETS, blocks, expand, rows, shape
 from nemo_tiedlora.parallel.cut import cut, join
 from nemo_tiedlora.variants import Init, TensorSpec
 

@@ -58,7 +58,7 @@ def test_the_configs_section_has_every_setting_with_its_default(scheme):
 
 def test_the_help_the_readme_and_the_suite_know_every_method():
     from benchmark_suite import list_variants, variant
-    from nemo_tiedlora.nemo.script_help import MOST_USED
+    from nemo_tiedlora.job.script_help import MOST_USED
 
     assert [f"model.peft.{scheme}_tuning" for scheme in METHODS] == [name for name in MOST_USED if "_tuning" in name]
     table = (ROOT / "README.md").read_text().partition("## Schemes")[2].partition("All take")[0]

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from nemo_tiedlora.checkpoint import write
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo import inputs
-from nemo_tiedlora.nemo.finetune import choose_folder
-from nemo_tiedlora.nemo.script import prepare_hydra
+from nemo_tiedlora.job import inputs
+from nemo_tiedlora.job.finetune import choose_folder
+from nemo_tiedlora.job.script import prepare_hydra
 
 CONF = Path(__file__).parents[2] / "conf"
 BASE = {
@@ -182,7 +182,7 @@ def test_a_full_disk_is_refused(tmp_path, monkeypatch):
 
 
 def test_checks_do_not_import_nemo():
-    code = "import sys, nemo_tiedlora.nemo.finetune, nemo_tiedlora.nemo.script; sys.exit('nemo' in sys.modules)"
+    code = "import sys, nemo_tiedlora.job.finetune, nemo_tiedlora.job.script; sys.exit('nemo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

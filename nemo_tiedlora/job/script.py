@@ -74,7 +74,7 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
                 except UsageError as error:
                     _exit(str(error))
                 if {"--help", "-h"} & set(sys.argv[1:]):
-                    from nemo_tiedlora.nemo.script_help import help_text
+                    from nemo_tiedlora.job.script_help import help_text
 
                     purpose = sys.modules[job.__module__].__doc__.splitlines()[0]
                     command = scripts.command() or f"python {sys.argv[0]}"

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_tiedlora.nemo.script_help import help_text, read
+from nemo_tiedlora.job.script_help import help_text, read
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "conf" / "megatron_gpt_finetuning_config.yaml"

@@ -24,7 +24,7 @@ class Steps:
         from lightning.pytorch.trainer.states import TrainerFn
         from omegaconf import OmegaConf
 
-        from nemo_tiedlora.nemo.divergence import DivergenceCheck
+        from nemo_tiedlora.job.callbacks.divergence import DivergenceCheck
 
         self.check = DivergenceCheck()
         self.model = torch.nn.Linear(2, 1)
@@ -48,7 +48,7 @@ class Steps:
 @pytest.mark.parametrize("name", ["loss", "norm"])
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF])
 def test_three_steps_in_a_row_end_a_run_and_two_do_not(world, name, value):
-    from nemo_tiedlora.nemo.divergence import Diverged
+    from nemo_tiedlora.job.callbacks.divergence import Diverged
 
     steps = Steps()
     for bad in (1, 1, 0) * 10:  # longer than what is read at once
@@ -61,7 +61,7 @@ def test_three_steps_in_a_row_end_a_run_and_two_do_not(world, name, value):
 
 
 def test_steps_are_read_without_saving_too(world):
-    from nemo_tiedlora.nemo.divergence import READ_EVERY, Diverged
+    from nemo_tiedlora.job.callbacks.divergence import READ_EVERY, Diverged
 
     steps = Steps()
     with pytest.raises(Diverged):
@@ -71,7 +71,7 @@ def test_steps_are_read_without_saving_too(world):
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_train_end"])
 def test_weights_that_are_not_finite_end_a_run(world, hook):
-    from nemo_tiedlora.nemo.divergence import Diverged
+    from nemo_tiedlora.job.callbacks.divergence import Diverged
 
     steps = Steps()
     steps.take()
@@ -92,7 +92,7 @@ def test_weights_that_are_not_finite_end_a_run(world, hook):
 def test_validation_losses_are_finite_before_training_too(world):
     from lightning.pytorch.trainer.states import TrainerFn
 
-    from nemo_tiedlora.nemo.divergence import Diverged
+    from nemo_tiedlora.job.callbacks.divergence import Diverged
 
     steps = Steps()
     steps.trainer.callback_metrics["validation_loss"] = torch.tensor(float("nan"))
@@ -107,7 +107,7 @@ def test_overflows_end_a_run_only_at_the_smallest_scale(world, monkeypatch):
     """NeMo's scaler begins at 2³², so that a run's first thirty steps overflow."""
     from nemo.collections.nlp.parts.nlp_overrides import GradScaler
 
-    from nemo_tiedlora.nemo.divergence import Diverged
+    from nemo_tiedlora.job.callbacks.divergence import Diverged
 
     # Without a GPU the scaler would do nothing; its arithmetic works on a CPU.
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)

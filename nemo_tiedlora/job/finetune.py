@@ -15,18 +15,19 @@ from rich.text import Text
 
 from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import check_base
+from nemo_tiedlora.checkpoint.saved import saved_config
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.files import write_text
-from nemo_tiedlora.nemo.calibrate import Calibration, groups_file
-from nemo_tiedlora.nemo.inputs import check, check_output, saved_config, scheme_of
-from nemo_tiedlora.nemo.lock import hold
-from nemo_tiedlora.nemo.quiet import quiet
-from nemo_tiedlora.nemo.record import Record
+from nemo_tiedlora.files import check_output, write_text
+from nemo_tiedlora.job.calibrate import Calibration, groups_file
+from nemo_tiedlora.job.inputs import check, scheme_of
+from nemo_tiedlora.job.lock import hold
+from nemo_tiedlora.job.record import Record
+from nemo_tiedlora.job.settings import check_outline, check_settings
+from nemo_tiedlora.model.sizes import lora_size, sizes
 from nemo_tiedlora.nemo.rows import chat_form, first_row
-from nemo_tiedlora.nemo.settings import check_outline, check_settings
-from nemo_tiedlora.nemo.sizes import lora_size, sizes
+from nemo_tiedlora.platform.quiet import quiet
 from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.ranks import is_first_rank, launched
 from nemo_tiedlora.variants import METHODS, Dynamic, TiedConfig, VariantConfig, config_for
@@ -233,13 +234,13 @@ def _escaped(template: str) -> str:
 
 
 def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, record: Record, changed: list[str]) -> Path:
-    from nemo_tiedlora.nemo.divergence import DivergenceCheck
-    from nemo_tiedlora.nemo.facts import Facts
-    from nemo_tiedlora.nemo.interrupt import Interrupted, Interruptible
+    from nemo_tiedlora.job.callbacks.divergence import DivergenceCheck
+    from nemo_tiedlora.job.callbacks.facts import Facts
+    from nemo_tiedlora.job.callbacks.interrupt import Interrupted, Interruptible
+    from nemo_tiedlora.job.callbacks.progress import ProgressBar
+    from nemo_tiedlora.job.callbacks.recorded import Recorded
+    from nemo_tiedlora.job.preview import check_datasets
     from nemo_tiedlora.nemo.model import build_model, build_trainer
-    from nemo_tiedlora.nemo.preview import check_datasets
-    from nemo_tiedlora.nemo.progress import ProgressBar
-    from nemo_tiedlora.nemo.resume import Recorded
 
     metric = cfg.model.data.validation_ds.metric.name
     facts = Facts()
@@ -409,7 +410,7 @@ class _Say:
 
     def row(self, parts: list[tuple[str, bool]]) -> None:
         """The first training row as the model sees it, with what is learned marked."""
-        from nemo_tiedlora.nemo.preview import marked
+        from nemo_tiedlora.job.preview import marked
 
         if not parts:
             return

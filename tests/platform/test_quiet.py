@@ -6,7 +6,7 @@ SCRIPT = """
 import os, warnings
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from nemo.utils import logging
-from nemo_tiedlora.nemo.quiet import quiet
+from nemo_tiedlora.platform.quiet import quiet
 
 class OddNumbers(UserWarning):  # a category of its own: NeMo drops those that any library has a filter for
     pass

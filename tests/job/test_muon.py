@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nemo_tiedlora.embedded.muon import Muon, orthogonal
+from nemo_tiedlora.job.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (1, 32, 8)])

@@ -7,9 +7,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_tiedlora.checkpoint.archive import Files, opened
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.targets import SHAPE_FIELDS
+from nemo_tiedlora.model.archive import Files, opened
+from nemo_tiedlora.model.targets import SHAPE_FIELDS, is_gated
 
 MODEL_CONFIG = "model_config.yaml"
 #: More than any config has.
@@ -155,3 +155,20 @@ def check_base_config(config: DictConfig) -> None:
             raise UsageError(name, None, "not a model's config without it")
     if config.num_attention_heads % (config.get("num_query_groups") or 1):
         raise UsageError("num_query_groups", config.num_query_groups, "does not divide the attention heads")
+
+
+def nemo_config(path: str | Path, field: str) -> DictConfig:
+    """The model config of a base ``.nemo``, without a look at the rest; what loads it calls ``check_base`` first."""
+    with opened(Path(path), field) as archive:
+        return read_model_config(archive, whole=True)
+
+
+def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Path) -> None:
+    """Raise ``UsageError`` unless an adapter's base had the shape of ``base``."""
+    for name in SHAPE_FIELDS:
+        if saved.get(name) != base.get(name):
+            raise UsageError(
+                field, str(path), f"made for another base: {name} was {saved.get(name)}, here it is {base.get(name)}"
+            )
+    if is_gated(saved) != is_gated(base):
+        raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo import calibrate
+from nemo_tiedlora.job import calibrate
 
 
 @pytest.mark.parametrize(

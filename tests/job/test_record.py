@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.record import Record
+from nemo_tiedlora.job.record import Record
 
 
 def config(tmp_path, **overrides):

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.lock import hold
+from nemo_tiedlora.job.lock import hold
 
 
 def test_a_folder_is_held_until_it_is_left(tmp_path):

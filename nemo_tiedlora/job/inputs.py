@@ -1,24 +1,15 @@
 """Checks of everything a user gives a job, in the seconds before NeMo is imported."""
 
-import shutil
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_tiedlora.checkpoint import is_canonical, read
-from nemo_tiedlora.checkpoint.archive import opened
-from nemo_tiedlora.checkpoint.legacy import open_adapter
-from nemo_tiedlora.checkpoint.model_config import config_as_it_is, parse, read_model_config
-from nemo_tiedlora.checkpoint.pickles import is_trusted, with_digest
+from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError, closest
-from nemo_tiedlora.nemo.calibrate import Calibration, read_texts
+from nemo_tiedlora.job.calibrate import Calibration, read_texts
+from nemo_tiedlora.model.sizes import check_fit
 from nemo_tiedlora.nemo.rows import check_data
-from nemo_tiedlora.nemo.sizes import check_fit
-from nemo_tiedlora.nemo.targets import SHAPE_FIELDS, is_gated
-from nemo_tiedlora.own_methods import OF_YOUR_OWN
-from nemo_tiedlora.variants import METHODS, config_for
+from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, config_for
 
 #: Baselines that the job runs, NeMo's own but for parallel_adapter; the key of their settings under model.peft.
 STOCK_SCHEMES = {
@@ -29,9 +20,6 @@ STOCK_SCHEMES = {
     "ptuning": "p_tuning",
     "none": None,
 }
-
-#: A run writes checkpoints, logs and the adapter; less free disk than this is not worth starting with.
-MINIMUM_FREE_BYTES = 64 * 2**20
 
 
 def check(cfg: DictConfig, base: DictConfig) -> None:
@@ -108,62 +96,3 @@ def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> 
         check_fit(config, base)
     except UsageError as error:
         raise error.under(f"model.peft.{scheme}_tuning") from None
-
-
-def nemo_config(path: str | Path, field: str) -> DictConfig:
-    """The model config of a base ``.nemo``, without a look at the rest; what loads it calls ``check_base`` first."""
-    with opened(Path(path), field) as archive:
-        return read_model_config(archive, whole=True)
-
-
-def saved_config(path: str | Path, field: str) -> DictConfig:
-    """The model config saved with an adapter, in the canonical form or in NeMo's; all of the adapter is checked."""
-    path = Path(path)
-    if not is_canonical(path, field):
-        if is_trusted(path):
-            return config_as_it_is(path, field)
-        try:
-            return open_adapter(path, field)[0]
-        except UsageError as error:
-            raise with_digest(error, path) from None
-    adapter = read(path, field)
-    own = parse(adapter.model_config.encode()) if adapter.model_config else OmegaConf.create({"mcore_gpt": True})
-    return adapter.put_into(OmegaConf.merge(own, adapter.base.shape))
-
-
-def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | None = None) -> DictConfig:
-    """The config saved with an adapter, once it is known to fit ``base`` (and ``scheme``, if given)."""
-    saved = saved_config(path, field)
-    trained = (saved.get("peft") or {}).get("peft_scheme")
-    if not trained or trained == "none":
-        raise UsageError(field, str(path), "a whole model, not an adapter")
-    if scheme not in (None, trained):
-        raise UsageError(field, str(path), f"an adapter of scheme {trained}; set model.peft.peft_scheme={trained}")
-    check_shape(saved, base, field, path)
-    return saved
-
-
-def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Path) -> None:
-    """Raise ``UsageError`` unless an adapter's base had the shape of ``base``."""
-    for name in SHAPE_FIELDS:
-        if saved.get(name) != base.get(name):
-            raise UsageError(
-                field, str(path), f"made for another base: {name} was {saved.get(name)}, here it is {base.get(name)}"
-            )
-    if is_gated(saved) != is_gated(base):
-        raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")
-
-
-def check_output(folder: Path, field: str) -> None:
-    """Make ``folder`` and prove that it can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(field, str(folder), f"cannot be written to ({error.strerror})") from None
-    free = shutil.disk_usage(folder).free
-    if free < MINIMUM_FREE_BYTES:
-        raise UsageError(
-            field, str(folder), f"no disk space: {free / 2**20:.0f} MiB free, {MINIMUM_FREE_BYTES / 2**20:.0f} needed"
-        )

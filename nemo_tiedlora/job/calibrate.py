@@ -176,7 +176,7 @@ def layer_similarity(base: Path, texts: Sequence[str], length: int, kind: str) -
     Args:
         kind: ``angular`` or ``cosine``.
     """
-    from nemo_tiedlora.nemo.generate import generator
+    from nemo_tiedlora.job.generate import generator
 
     with generator(base) as loaded:
         outputs = layer_outputs(loaded.model, texts, length)

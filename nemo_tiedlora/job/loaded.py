@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.generate import generator
-from nemo_tiedlora.nemo.inputs import check_adapter, nemo_config
+from nemo_tiedlora.job.generate import generator
+from nemo_tiedlora.model.config import nemo_config
 from nemo_tiedlora.variants import METHODS, Factors, FrozenWeight, Site
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from nemo_tiedlora.nemo.targets import expand, shape
+from nemo_tiedlora.model.targets import expand, shape
 from nemo_tiedlora.variants import Site, TiedConfig, Variant, VariantConfig, build, count
 
 BYTES_PER_PARAMETER = 4

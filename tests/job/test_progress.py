@@ -7,8 +7,8 @@ import pytest
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from nemo_tiedlora.nemo import progress
-from nemo_tiedlora.nemo.progress import ProgressBar
+from nemo_tiedlora.job.callbacks import progress
+from nemo_tiedlora.job.callbacks.progress import ProgressBar
 
 
 def train(bar, metric, steps=4):

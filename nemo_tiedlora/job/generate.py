@@ -8,9 +8,9 @@ from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import check_base
+from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.inputs import check_adapter
-from nemo_tiedlora.nemo.quiet import quiet
+from nemo_tiedlora.platform.quiet import quiet
 
 
 class Generator:

@@ -1,6 +1,6 @@
 """Makes the weights and the tokenizer of the built-in base, which come with this package.
 
-    python -m nemo_tiedlora.embedded.pretrain --out FOLDER
+    python -m nemo_tiedlora.job.pretrain --out FOLDER
 
 That takes two minutes on two cores. Rounding differs from one CPU to another, and with it the weights: that is why
 those of one run come with the package. To ship others, put both files here and their checksums into `base.py`.
@@ -60,7 +60,7 @@ def pretrain(
     from nemo_tiedlora.embedded import tokenizer
 
     with platform.host():
-        from nemo_tiedlora.nemo.quiet import quiet
+        from nemo_tiedlora.platform.quiet import quiet
 
         with quiet():
             pieces = tokenizer.train(out / TOKENIZER)
@@ -110,7 +110,7 @@ def _train(model, pieces, steps: int) -> None:
 def _optimizers(matrices: list, others: list) -> list:
     import torch
 
-    from nemo_tiedlora.embedded.muon import Muon
+    from nemo_tiedlora.job.muon import Muon
 
     return [
         Muon(matrices, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY),

@@ -18,7 +18,7 @@ from nemo_tiedlora.checkpoint.adapter import installed
 from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import content_of, sha256_of, write_text
-from nemo_tiedlora.nemo.inputs import STOCK_SCHEMES
+from nemo_tiedlora.job.inputs import STOCK_SCHEMES
 from nemo_tiedlora.own_methods import LOADED, OPTION
 from nemo_tiedlora.ranks import launched
 from nemo_tiedlora.variants import METHODS

@@ -7,7 +7,6 @@ from typing import Any
 import numpy
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 
@@ -99,20 +98,6 @@ class Interruptible(Callback):
         progress["current"] = dict.fromkeys(progress["current"], 0)
         progress["is_last_batch"] = False
         trainer.fit_loop.epoch_loop.validation_due = checkpoint.get("validation_due", False)
-
-
-class Epochs(_TrainingEpochLoop):
-    """Lightning's loop over batches, which after a resume makes up for a validation that was due, and for no other.
-
-    Its own would repeat one that was done; NeMo's skips validation in the first step altogether.
-    """
-
-    validation_due = False
-
-    def reset(self) -> None:
-        super().reset()
-        self._restarting = self._restarting and self.validation_due
-        self.val_loop.restarting = False  # a validation is never resumed in its middle
 
 
 def random_states() -> dict[str, Any]:

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo import finetune, settings
-from nemo_tiedlora.nemo.script import prepare_hydra
+from nemo_tiedlora.job import finetune, settings
+from nemo_tiedlora.job.script import prepare_hydra
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"

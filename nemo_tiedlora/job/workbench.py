@@ -29,10 +29,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.nemo.divergence import DivergenceCheck
-from nemo_tiedlora.nemo.generate import Generator
+from nemo_tiedlora.job.callbacks.divergence import DivergenceCheck
+from nemo_tiedlora.job.generate import Generator
 from nemo_tiedlora.nemo.model import build_model, build_trainer
-from nemo_tiedlora.nemo.quiet import quiet
+from nemo_tiedlora.platform.quiet import quiet
 
 LOG = logging.getLogger(__name__)
 

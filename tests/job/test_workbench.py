@@ -7,8 +7,8 @@ from nemo.collections.nlp.models.language_modeling import megatron_base_model
 
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks
-from nemo_tiedlora.nemo.divergence import Diverged
-from nemo_tiedlora.nemo.workbench import Job, Trained, workbench
+from nemo_tiedlora.job.callbacks.divergence import Diverged
+from nemo_tiedlora.job.workbench import Job, Trained, workbench
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+from nemo_fixtures import files, finetuning, host  # noqa: F401
