@@ -153,7 +153,7 @@ def test_a_change_is_needed_and_helps(hooks, trained, finetuning, tmp_path, name
     folders = [tmp_path / number for number in ("without", "with")]
     for folder in folders:
         folder.mkdir()
-    with Restore() as restore, pytest.raises(Exception):  # noqa: B017, PT011, as it comes
+    with Restore() as restore, pytest.raises(Exception):  # noqa: B017, as it comes
         for patch in hooks.PATCHES:
             if patch.name != name:
                 patch.apply(restore)
