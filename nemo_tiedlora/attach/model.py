@@ -116,8 +116,9 @@ class Attached:
         return self.model
 
     def _check_contract(self, tensor: torch.Tensor) -> None:
-        if not (self._contract and self._contract.in_force):
-            raise error_without(self.variant)
+        error = error_without(self.variant)
+        if error and not (self._contract and self._contract.in_force):
+            raise error
 
 
 def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str], **settings: Any) -> Attached:
@@ -142,12 +143,12 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
     elif settings:
         raise UsageError("settings", settings, f"write them into the {type(method).__name__}")
     check_list("targets", targets, str)
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, nn.Linear]] = {}
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             raise UsageError("model", type(model).__name__, f"{name} has an adapter already; merge() it first")
         if isinstance(module, nn.Linear):
-            found.setdefault(name.rpartition(".")[2], []).append(name)
+            found.setdefault(name.rpartition(".")[2], {})[name] = module
     for target in targets:
         if target not in found:
             raise UsageError("targets", target, f"no linear layer has this name; {closest(target, found)}")
@@ -156,16 +157,13 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
         if not 1 <= layer <= layers:
             raise UsageError("layer_selection", layer, f"the model has layers 1 to {layers}")
     bank = Bank(build(method, layers), checksums=method.checksums)
-    sites: dict[str, Site] = {}
+    placed: dict[str, tuple[nn.Linear, Site]] = {}
     for target in targets:
-        for layer, name in enumerate(found[target]):
+        for layer, (name, base) in enumerate(found[target].items()):
             if layer in method.adapted_layers(len(found[target])):
-                base = model.get_submodule(name)
-                sites[name] = Site(target, layer, base.in_features, base.out_features)
-    bank.variant.start(list(sites.values()))
-    adapted = {
-        name: AdaptedLinear(model.get_submodule(name), bank, site, method.dropout) for name, site in sites.items()
-    }
+                placed[name] = base, Site(target, layer, base.in_features, base.out_features)
+    bank.variant.start([site for _, site in placed.values()])
+    adapted = {name: AdaptedLinear(base, bank, site, method.dropout) for name, (base, site) in placed.items()}
     model.requires_grad_(False)
     for name, module in adapted.items():
         _replace(model, name, module)
