@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.pickles import is_trusted, with_digest
@@ -22,8 +22,9 @@ def saved_config(path: str | Path, field: str) -> DictConfig:
         except UsageError as error:
             raise with_digest(error, path) from None
     adapter = read(path, field)
-    own = parse(adapter.model_config.encode()) if adapter.model_config else OmegaConf.create({"mcore_gpt": True})
-    return adapter.put_into(OmegaConf.merge(own, adapter.base.shape))
+    own = parse(adapter.model_config.encode()) if adapter.model_config else DictConfig({"mcore_gpt": True})
+    own.merge_with(adapter.base.shape)
+    return adapter.put_into(own)
 
 
 def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | None = None) -> DictConfig:

@@ -63,7 +63,7 @@ def finetune(cfg: DictConfig) -> Path:
         _take_saved_settings(cfg)
     path = cfg.model.restore_from_path
     base = check_base(Path(path), "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
-    check(cfg, base)
+    method = check(cfg, base)
     if not path:
         path = embedded_base.base()
         use_one_thread()
@@ -84,9 +84,9 @@ def finetune(cfg: DictConfig) -> Path:
         return folder / SUMMARY
     if is_first_rank():
         write_text(folder / "config.yaml", as_asked)
-    _find_groups(cfg, folder)
+    method = _find_groups(cfg, folder) or method
     with held, quiet(not cfg.verbose) as results, platform.host():
-        return _run(cfg, base, as_asked, results, record, changed)
+        return _run(cfg, method, base, as_asked, results, record, changed)
 
 
 def choose_folder(cfg: DictConfig, as_asked: str) -> Path:
@@ -206,16 +206,19 @@ def _complete(cfg: DictConfig, folder: Path) -> None:
                 data[section].index_mapping_dir = str(folder / "index")
 
 
-def _find_groups(cfg: DictConfig, folder: Path) -> None:
-    """ShareLoRA: where the groups are to be found by calibration, find them, once per run."""
-    section = cfg.model.peft[f"{cfg.model.peft.peft_scheme}_tuning"] if scheme_of(cfg) in METHODS else {}
-    section = section.get("settings") or section
+def _find_groups(cfg: DictConfig, folder: Path) -> VariantConfig | None:
+    """ShareLoRA: where the groups are to be found by calibration, find them, once per run, and give the settings."""
+    scheme = scheme_of(cfg)
+    tuning = cfg.model.peft[f"{scheme}_tuning"] if scheme in METHODS else {}
+    section = tuning.get("settings") or tuning
     groups = section.get("groups")
     if isinstance(groups, DictConfig):
         calibration = Calibration.of(OmegaConf.to_container(groups))
         base = Path(cfg.model.restore_from_path)
         path = folder / "groups" / f"groups-{calibration.identity(base)}.json"
         section.groups = str(groups_file(calibration, base, path))
+        return config_for(scheme, OmegaConf.to_container(tuning))
+    return None
 
 
 def _take_saved_settings(cfg: DictConfig) -> None:
@@ -233,7 +236,15 @@ def _escaped(template: str) -> str:
     return plain.encode("unicode_escape").decode("ascii")
 
 
-def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, record: Record, changed: list[str]) -> Path:
+def _run(
+    cfg: DictConfig,
+    method: VariantConfig | None,
+    base: DictConfig,
+    as_asked: str,
+    results: TextIO,
+    record: Record,
+    changed: list[str],
+) -> Path:
     from nemo_tiedlora.job.callbacks.divergence import DivergenceCheck
     from nemo_tiedlora.job.callbacks.facts import Facts
     from nemo_tiedlora.job.callbacks.interrupt import Interrupted, Interruptible
@@ -252,7 +263,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
     if trainer.is_global_zero:
         write_text(folder / "config.yaml", as_asked)  # again: on a resume, NeMo moves a folder's files aside
         record.write(folder / RECORD)
-    model = build_model(cfg, cfg.model.restore_from_path, trainer)
+    model = build_model(cfg, cfg.model.restore_from_path, trainer, method)
     say.row(check_datasets(model, SECTIONS, begun=bool(trainer.ckpt_path)))
     model.set_inference_config(decoding(model.cfg.data))  # NeMo would draw its answers at random
     scheme = scheme_of(cfg)
@@ -272,8 +283,8 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
         sys.exit(0)
     trainer.ckpt_path = None  # else validation would load the checkpoint that this run resumed from
     adapter = _exported(trainer, model, facts)
-    if scheme in METHODS:
-        trainable = sizes(_settings(cfg, scheme), base).trainable
+    if method:
+        trainable = sizes(method, base).trainable
     else:  # on this rank
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     after = evaluate(trainer, model)
@@ -281,7 +292,7 @@ def _run(cfg: DictConfig, base: DictConfig, as_asked: str, results: TextIO, reco
         {"input": sample["input"], "expected": sample["expected"], "before": before, "after": sample["generated"]}
         for sample, before in zip(generate_samples(model), facts.generated_before, strict=True)
     ]
-    percent = 100 * trainable / lora_size(_settings(cfg, scheme), base)
+    percent = 100 * trainable / lora_size(method or _stock_lora(cfg), base)
     summary = {
         "scheme": scheme,
         "metric": metric,
@@ -382,10 +393,8 @@ def generate_samples(model) -> list[dict[str, str]]:
     ]
 
 
-def _settings(cfg: DictConfig, scheme: str) -> VariantConfig:
-    """The scheme's settings; for NeMo's schemes, those of ``lora_tuning``, to compare with."""
-    if scheme in METHODS:
-        return config_for(scheme, OmegaConf.to_container(cfg.model.peft[f"{scheme}_tuning"]))
+def _stock_lora(cfg: DictConfig) -> TiedConfig:
+    """What NeMo's schemes are compared with: its LoRA, as the config has it."""
     lora = cfg.model.peft.lora_tuning
     return TiedConfig(
         preset="LoRA",

@@ -10,6 +10,7 @@ from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.job.host_config import host_config
 from nemo_tiedlora.platform.quiet import quiet
 
 
@@ -70,35 +71,7 @@ def generator(base: Path, adapter: Path | None = None, precision: str | int = 32
         peft = check_adapter(adapter, shape, "adapter").peft
     with open_dict(peft):
         peft.restore_from_path = str(adapter) if adapter else None
-    cfg = OmegaConf.create(
-        {
-            "trainer": {
-                "devices": 1,
-                "accelerator": "auto",
-                "num_nodes": 1,
-                "precision": precision,
-                "logger": False,
-                "enable_checkpointing": False,
-                "use_distributed_sampler": False,
-            },
-            "exp_manager": None,
-            "model": {
-                "seed": 1234,
-                "tensor_model_parallel_size": 1,
-                "pipeline_model_parallel_size": 1,
-                "micro_batch_size": 1,
-                "global_batch_size": 1,
-                "megatron_amp_O2": False,
-                "sequence_parallel": False,
-                "activations_checkpoint_granularity": None,
-                "activations_checkpoint_method": None,
-                "gradient_as_bucket_view": False,
-                "optim": {"name": "fused_adam", "lr": 0.0},
-                "data": {},
-                "peft": peft,
-            },
-        }
-    )
+    cfg = host_config(precision, peft=peft)
     with ExitStack() as stack:
         with quiet(not verbose):
             stack.enter_context(platform.host())

@@ -9,7 +9,7 @@ from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.job.calibrate import Calibration, read_texts
 from nemo_tiedlora.model.sizes import check_fit
 from nemo_tiedlora.nemo.rows import check_data
-from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, config_for
+from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, VariantConfig, config_for
 
 #: Baselines that the job runs, NeMo's own but for parallel_adapter; the key of their settings under model.peft.
 STOCK_SCHEMES = {
@@ -22,8 +22,11 @@ STOCK_SCHEMES = {
 }
 
 
-def check(cfg: DictConfig, base: DictConfig) -> None:
+def check(cfg: DictConfig, base: DictConfig) -> VariantConfig | None:
     """Check a fine-tuning job's resolved config against the model config of its base.
+
+    Returns:
+        The settings of its method; None for a scheme of NeMo's.
 
     Raises:
         UsageError: for the first thing that is wrong.
@@ -35,12 +38,13 @@ def check(cfg: DictConfig, base: DictConfig) -> None:
         )
     if not base.get("mcore_gpt"):
         raise UsageError("model.restore_from_path", cfg.model.restore_from_path, "not a Megatron-core GPT (mcore_gpt)")
-    if scheme in METHODS:
-        check_variant(scheme, cfg.model.peft.get(f"{scheme}_tuning"), base)
+    section = cfg.model.peft.get(f"{scheme}_tuning")
+    config = check_variant(scheme, section, base) if scheme in METHODS else None
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
     check_layout(cfg.model, base)
     check_sections(cfg.model.data)
+    return config
 
 
 def check_layout(model: DictConfig, base: DictConfig) -> None:
@@ -80,8 +84,8 @@ def scheme_of(cfg: DictConfig) -> str:
     return str(cfg.model.peft.peft_scheme or "none")
 
 
-def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> None:
-    """Check one of our schemes' settings against the base's layers."""
+def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> VariantConfig:
+    """One of our schemes' settings, once they are known to fit the base's layers; without groups still to be found."""
     try:
         settings = OmegaConf.to_container(section) if section else {}
         shared = settings if scheme == "share_lora" else settings.get("settings") or {}
@@ -94,5 +98,6 @@ def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> 
             if not 1 <= layer <= base.num_layers:
                 raise UsageError("layer_selection", layer, f"the base has layers 1 to {base.num_layers}")
         check_fit(config, base)
+        return config
     except UsageError as error:
         raise error.under(f"model.peft.{scheme}_tuning") from None

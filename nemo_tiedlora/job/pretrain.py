@@ -32,19 +32,6 @@ ELSEWHERE = 0.02
 #: Tokens of a document that are used: no document has more.
 LENGTH = 55
 
-TRAINER = dict(
-    accelerator="gpu",
-    devices=1,
-    num_nodes=1,
-    precision=32,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    use_distributed_sampler=False,
-    max_epochs=1,
-    max_steps=1,
-)
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -76,9 +63,13 @@ def _module(tokenizer: Path):
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
     from omegaconf import OmegaConf
 
+    from nemo_tiedlora.job.host_config import host_config
+
     config = OmegaConf.create(model_config(str(tokenizer)))
-    run = dict(trainer=TRAINER, model=config, exp_manager=dict(log_tflops_per_sec_per_gpu=False))
-    trainer = MegatronLMPPTrainerBuilder(OmegaConf.create(run)).create_trainer()
+    run = host_config()
+    run.trainer.update(accelerator="gpu", enable_progress_bar=False)
+    run.model = config
+    trainer = MegatronLMPPTrainerBuilder(run).create_trainer()
     return MegatronGPTModel(config, trainer).model
 
 

@@ -12,7 +12,6 @@ import copy
 import logging
 import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from typing import Any
 
 import numpy
 import torch
-from lightning.pytorch import Callback
 from megatron.core import tensor_parallel
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
@@ -30,7 +28,9 @@ from torch import nn
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.job.callbacks.divergence import DivergenceCheck
+from nemo_tiedlora.job.callbacks.measured import Measured
 from nemo_tiedlora.job.generate import Generator
+from nemo_tiedlora.job.host_config import host_config
 from nemo_tiedlora.nemo.model import build_model, build_trainer
 from nemo_tiedlora.platform.quiet import quiet
 
@@ -237,35 +237,10 @@ def workbench(base: Path, precision: str = "32") -> Iterator[Workbench]:
     """
     from nemo_tiedlora import platform
 
-    cfg = OmegaConf.create(
-        {
-            "trainer": {
-                "devices": 1, "num_nodes": 1, "accelerator": "auto", "logger": False,
-                "precision": 32 if precision == "32" else precision,
-                "enable_checkpointing": False, "use_distributed_sampler": False, "max_epochs": 9999, "max_steps": 1,
-                "log_every_n_steps": 1, "val_check_interval": 1, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0,
-            },
-            "exp_manager": {"name": None, "log_tflops_per_sec_per_gpu": False},
-            "model": {
-                "seed": 1234, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
-                "micro_batch_size": 1, "global_batch_size": 1, "megatron_amp_O2": precision != "32",
-                "sequence_parallel": False,
-                "sync_batch_comm": False, "answer_only_loss": True, "gradient_as_bucket_view": False,
-                "activations_checkpoint_granularity": None, "activations_checkpoint_method": None,
-                "activations_checkpoint_num_layers": None, "activations_checkpoint_layers_per_pipeline": None,
-                "save_nemo_on_validation_end": False, "resume_from_checkpoint": None,
-                "hidden_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0,
-                "restore_from_path": str(base),
-                "peft": {"peft_scheme": "none", "restore_from_path": None},
-                "data": {
-                    "chat": False,
-                    "train_ds": _data([], 1, 1, True, 8, 0),
-                    "validation_ds": _data([], 1, 1, False, 8, 0),
-                },
-                "optim": {"name": "adamw", "lr": 0.0},
-            },
-        }
-    )  # fmt: skip
+    rows = {"train_ds": _data([], 1, 1, True, 8, 0), "validation_ds": _data([], 1, 1, False, 8, 0)}
+    cfg = host_config(
+        precision, megatron_amp_O2=precision != "32", restore_from_path=str(base), data={"chat": False, **rows}
+    )
     with ExitStack() as stack:
         with quiet():
             stack.enter_context(platform.host())
@@ -340,30 +315,18 @@ def _seed(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-class _Best(Callback):
+class _Best(Measured):
     """Measures, keeps the weights of the lowest validation loss, and ends training when it no longer falls."""
 
     def __init__(self, facts: Facts, patience: int | None, progress: Callable[[int, int], None] | None):
+        super().__init__()
         self.facts, self.patience, self.progress = facts, patience, progress
         self.weights: dict[str, torch.Tensor] = {}
         self._worse = 0
-        self._started = 0.0
 
-    def on_train_start(self, trainer, model):
-        self._counter = model.get_model_module_list()[0].embedding.register_forward_pre_hook(
-            self._count, with_kwargs=True
-        )
-
-    def _count(self, module, args, kwargs):
-        if module.training:
-            self.facts.tokens += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
-
-    def on_train_batch_start(self, trainer, model, batch, number):
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(self, trainer, model, outputs, batch, number):
-        self.facts.seconds += time.perf_counter() - self._started
-        self.facts.steps = trainer.global_step
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        super().on_train_batch_end(trainer, model, outputs, batch, batch_idx)
+        self.facts.seconds, self.facts.tokens, self.facts.steps = self.seconds, self.tokens, self.steps
         if self.progress:
             self.progress(trainer.global_step, trainer.max_steps)
 
@@ -377,9 +340,6 @@ class _Best(Callback):
         else:
             self._worse += 1
             trainer.should_stop = self.patience is not None and self._worse >= self.patience
-
-    def on_train_end(self, trainer, model):
-        self._counter.remove()
 
     @torch.no_grad()
     def put_back(self, model: nn.Module) -> None:

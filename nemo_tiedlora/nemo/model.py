@@ -1,5 +1,6 @@
 """Building the host: a trainer, and a base model from a ``.nemo`` with or without an adapter."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from nemo_tiedlora.checkpoint.pickles import as_it_is
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.nemo.epochs import Epochs
 from nemo_tiedlora.nemo.hooks import register
+from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.nemo.resume import keep_one_last
+from nemo_tiedlora.variants import VariantConfig
 
 BASE = "model.restore_from_path"
 
@@ -41,8 +44,13 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback]) -> tuple[Trainer, 
     return trainer, folder
 
 
-def build_model(cfg: DictConfig, base_path: Path, trainer: Trainer) -> MegatronGPTSFTModel:
+def build_model(
+    cfg: DictConfig, base_path: Path, trainer: Trainer, method: VariantConfig | None = None
+) -> MegatronGPTSFTModel:
     """The base with a new adapter, with a saved one (``model.peft.restore_from_path``), or (scheme none) as it is.
+
+    Args:
+        method: the settings of our scheme, where they have been parsed already.
 
     Raises:
         UsageError: a base that could run code, or that NeMo cannot restore.
@@ -52,7 +60,10 @@ def build_model(cfg: DictConfig, base_path: Path, trainer: Trainer) -> MegatronG
     with as_it_is(base_path):
         merged, model = _restored(cfg, str(base_path), trainer)
     tensor_parallel.model_parallel_cuda_manual_seed(cfg.model.seed)
-    make_peft = [PEFT_CONFIG_MAP[name] for name in str(cfg.model.peft.peft_scheme).split(",")]
+    if method:
+        make_peft = [partial(FactorPEFTConfig, method.scheme, config=method)]
+    else:
+        make_peft = [PEFT_CONFIG_MAP[name] for name in str(cfg.model.peft.peft_scheme).split(",")]
     if cfg.model.peft.restore_from_path:
         model.load_adapters(cfg.model.peft.restore_from_path, [make(merged) for make in make_peft])
     elif None not in make_peft:

@@ -17,24 +17,25 @@ from nemo_tiedlora.parallel.cut import cut, tensor_ranks
 from nemo_tiedlora.parallel.exchange import agreed
 from nemo_tiedlora.parallel.scores import Ranks
 from nemo_tiedlora.parallel.synchronise import Synchroniser, partial
-from nemo_tiedlora.variants import Bank, Dynamic, Site, Variant, build, config_for
+from nemo_tiedlora.variants import Bank, Dynamic, Site, Variant, VariantConfig, build, config_for
 
 
 class FactorPEFTConfig(PEFTConfig):
     """A scheme's settings, read from ``cfg.peft.<scheme>_tuning``, as NeMo's ``add_adapter`` wants them.
 
     Args:
+        config: the settings, where they have been parsed already.
         stored: keys of tensors that will be loaded from an adapter's file.
 
     Raises:
         UsageError: a setting that the scheme refuses, or a layout that it does not support.
     """
 
-    def __init__(self, scheme: str, cfg: DictConfig, stored: Collection[str] = ()):
+    def __init__(self, scheme: str, cfg: DictConfig, config: VariantConfig | None = None, stored: Collection[str] = ()):
         self.scheme, self.stored = scheme, stored
         section = cfg.peft.get(f"{scheme}_tuning") or {}
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
-        self.config = config_for(scheme, self.settings)
+        self.config = config or config_for(scheme, self.settings)
         self.targets = expand(self.config.target_modules)
         self.variant = build(self.config, cfg.num_layers)
         _check_optimizer(cfg, self.variant)

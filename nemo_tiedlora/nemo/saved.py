@@ -147,7 +147,7 @@ def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
     with open_dict(self.cfg):
         self.cfg.peft = OmegaConf.merge(self.cfg.get("peft") or {}, adapter.put_into(OmegaConf.create()).peft)
         self.cfg.peft[f"{adapter.scheme}_tuning"] = adapter.settings
-    self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg, stored=adapter.tensors)])
+    self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg, adapter.config, stored=adapter.tensors)])
     load(self, adapter)
 
 

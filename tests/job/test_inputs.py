@@ -12,11 +12,13 @@ import torch
 from checkpoint.conftest import _make
 from omegaconf import OmegaConf
 
+from nemo_tiedlora import files
 from nemo_tiedlora.checkpoint import write
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.job import inputs
 from nemo_tiedlora.job.finetune import choose_folder
 from nemo_tiedlora.job.script import prepare_hydra
+from nemo_tiedlora.model.config import nemo_config
 
 CONF = Path(__file__).parents[2] / "conf"
 BASE = {
@@ -147,7 +149,7 @@ def test_what_is_not_a_nemo_file_is_refused(tmp_path):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match="model.restore_from_path"):
-            inputs.nemo_config(tmp_path / name, "model.restore_from_path")
+            nemo_config(tmp_path / name, "model.restore_from_path")
 
 
 def test_a_base_that_is_not_megatron_core_is_refused(tmp_path):
@@ -172,13 +174,13 @@ def test_an_adapter_of_another_scheme_is_refused(tmp_path):
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written to"):
-        inputs.check_output(tmp_path / "file" / "runs", "exp_manager.exp_dir")
+        files.check_output(tmp_path / "file" / "runs", "exp_manager.exp_dir")
 
 
 def test_a_full_disk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "MINIMUM_FREE_BYTES", 2**70)
+    monkeypatch.setattr(files, "MINIMUM_FREE_BYTES", 2**70)
     with pytest.raises(UsageError, match="no disk space"):
-        inputs.check_output(tmp_path, "exp_manager.exp_dir")
+        files.check_output(tmp_path, "exp_manager.exp_dir")
 
 
 def test_checks_do_not_import_nemo():
