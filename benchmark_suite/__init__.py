@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from benchmark_suite.example import Example
     from benchmark_suite.registry import (
         list_groups,
         list_tasks,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         spec,
         variant,
     )
-    from benchmark_suite.task import Example, Task
+    from benchmark_suite.task import Task
     from benchmark_suite.task_spec import TaskSpec
     from benchmark_suite.variant_spec import VariantSpec
 
@@ -42,7 +43,8 @@ _HOMES = {
         "spec",
         "variant",
     ),
-    "task": ("Example", "Task"),
+    "example": ("Example",),
+    "task": ("Task",),
     "task_spec": ("TaskSpec",),
     "variant_spec": ("VariantSpec",),
 }

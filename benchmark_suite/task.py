@@ -1,11 +1,11 @@
 """A task in use: examples of each split, scores of predictions, and one example after another."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmark_suite import sources
+from benchmark_suite.example import Example
 from benchmark_suite.metrics import METRICS, Score
 from benchmark_suite.task_spec import DELIMITER, SPLITS, TaskSpec
 from benchmark_suite.templates import evaluate, mentions, render
@@ -13,37 +13,6 @@ from nemo_tiedlora.facade import UsageError, check_choice
 
 #: What a model answers: a text, or the log-likelihood of each choice.
 Prediction = str | Sequence[float]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One question.
-
-    Args:
-        id: of the row, or the split and the row's number.
-        prompt: what the model reads; in a task with a prompt for each choice, that of the right one.
-        target: the answer to train on, without the delimiter before it.
-        references: answers that count as right.
-        choices: possible answers.
-        label: number of the right choice.
-        queries: for ranking, the pairs (prompt, continuation) whose log-likelihoods are a prediction, one pair for
-            each choice; a continuation starts with the delimiter.
-    """
-
-    id: str
-    prompt: str
-    target: str
-    references: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-    label: int | None = None
-    queries: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def right(self) -> int:
-        """The number of the right choice. Raises ``ValueError`` where there is nothing to choose from."""
-        if self.label is None:
-            raise ValueError(f"example {self.id} has no choices")
-        return self.label
 
 
 class Task:

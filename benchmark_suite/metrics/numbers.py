@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from benchmark_suite.example import Example
 from benchmark_suite.metrics.score import Score, mean
 
 if TYPE_CHECKING:
     import numpy
 
-    from benchmark_suite.task import Example
 
 #: What T5's evaluation (Raffel et al., arXiv:1910.10683) takes a text for that is no number.
 NO_NUMBER = -1.0
@@ -20,12 +20,12 @@ _FINAL = re.compile(r"#### (\-?[0-9\.\,]+)")
 _ANY = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 
-def final_number(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def final_number(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Exact match of the number after ``####``, by GSM8K's official script (Cobbe et al., arXiv:2110.14168)."""
     return mean([_match(final_answer, *pair) for pair in zip(predictions, examples, strict=True)])
 
 
-def last_number(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def last_number(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Exact match of the last number, with or without ``####``: lm-evaluation-harness's ``flexible-extract``."""
     return mean([_match(last_answer, *pair) for pair in zip(predictions, examples, strict=True)])
 
@@ -42,7 +42,7 @@ def last_answer(text: str) -> str | None:
     return re.sub(r"\.$", "", re.sub(r"[,$]", "", found[-1])) if found else None
 
 
-def pearson(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def pearson(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Pearson correlation of predicted and true numbers; 0 where one of them never varies."""
     from scipy.stats import pearsonr
 
@@ -61,14 +61,14 @@ def pearson_of_sums(sums: "numpy.ndarray") -> "numpy.ndarray":
     return numpy.where(varies, (count * xy - x * y) / numpy.sqrt(numpy.where(varies, spread, 1.0)), 0.0)
 
 
-def spearman(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def spearman(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Spearman rank correlation of predicted and true numbers; 0 where one of them never varies."""
     from scipy.stats import spearmanr
 
     return _correlation(spearmanr, predictions, examples)
 
 
-def closeness(prediction: str, example: "Example") -> float:
+def closeness(prediction: str, example: Example) -> float:
     """How far a number is from the true one, negative: 0 is best."""
     return -abs(number(prediction) - float(example.references[0]))
 
@@ -82,14 +82,14 @@ def number(text: str) -> float:
     return value if math.isfinite(value) else NO_NUMBER
 
 
-def _match(extract, prediction: str, example: "Example") -> bool:
+def _match(extract, prediction: str, example: Example) -> bool:
     # A reference that is not marked is the number itself.
     expected = {final_answer(reference) or last_answer(reference) for reference in example.references}
     predicted = extract(prediction)
     return predicted is not None and predicted in expected
 
 
-def _correlation(correlate, predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def _correlation(correlate, predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     predicted = [number(prediction) for prediction in predictions]
     expected = [float(example.references[0]) for example in examples]
     if len(expected) < 2:

@@ -6,27 +6,27 @@ Definitions are those of lm-evaluation-harness; equally likely choices are decid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from benchmark_suite.example import Example
 from benchmark_suite.metrics.score import Score, mean
 
 if TYPE_CHECKING:
     import numpy
 
-    from benchmark_suite.task import Example
 
 Likelihoods = Sequence[float]
 
 
-def acc(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> Score:
+def acc(predictions: Sequence[Likelihoods], examples: Sequence[Example]) -> Score:
     """Whether the right choice is the likeliest."""
     return mean([correct(*pair) for pair in zip(predictions, examples, strict=True)])
 
 
-def acc_norm(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> Score:
+def acc_norm(predictions: Sequence[Likelihoods], examples: Sequence[Example]) -> Score:
     """Whether the right choice is the likeliest per character."""
     return mean([_normalised(*pair) == pair[1].label for pair in zip(predictions, examples, strict=True)])
 
 
-def f1(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> Score:
+def f1(predictions: Sequence[Likelihoods], examples: Sequence[Example]) -> Score:
     """F1 of choice 1 against choice 0."""
     from sklearn.metrics import f1_score
 
@@ -43,7 +43,7 @@ def f1_of_counts(sums: "numpy.ndarray") -> "numpy.ndarray":
     return 2 * both / numpy.maximum(each, 1)
 
 
-def mcc(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> Score:
+def mcc(predictions: Sequence[Likelihoods], examples: Sequence[Example]) -> Score:
     """Matthews correlation."""
     from sklearn.metrics import matthews_corrcoef
 
@@ -68,7 +68,7 @@ def mcc_of_counts(sums: "numpy.ndarray") -> "numpy.ndarray":
     return (right * count - (gold * predicted).sum(1)) / numpy.sqrt(numpy.where(spread > 0, spread, numpy.inf))
 
 
-def correct(prediction: Likelihoods, example: "Example") -> float:
+def correct(prediction: Likelihoods, example: Example) -> float:
     """1 if the right choice is the likeliest, else 0."""
     return float(likeliest(prediction) == example.label)
 
@@ -78,9 +78,9 @@ def likeliest(prediction: Likelihoods) -> int:
     return max(range(len(prediction)), key=prediction.__getitem__)
 
 
-def _normalised(prediction: Likelihoods, example: "Example") -> int:
+def _normalised(prediction: Likelihoods, example: Example) -> int:
     return likeliest([value / len(choice) for value, choice in zip(prediction, example.choices, strict=True)])
 
 
-def _labels(predictions: Sequence[Likelihoods], examples: Sequence["Example"]) -> tuple[list[int], list[int]]:
+def _labels(predictions: Sequence[Likelihoods], examples: Sequence[Example]) -> tuple[list[int], list[int]]:
     return [example.right for example in examples], [likeliest(prediction) for prediction in predictions]

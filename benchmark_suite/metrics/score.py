@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from benchmark_suite.example import Example
+
 if TYPE_CHECKING:
     import numpy
-
-    from benchmark_suite.task import Example
 
 #: How a model answers: with a text, or with a number for each choice.
 Kind = Literal["generate", "rank"]
 #: Predictions of a whole split, and its examples in the same order.
-Compute = Callable[[Sequence[Any], Sequence["Example"]], "Score"]
+Compute = Callable[[Sequence[Any], Sequence[Example]], "Score"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Metric:
 
     prediction: Kind
     compute: Compute
-    reward: Callable[[Any, "Example"], float] | None = None
+    reward: Callable[[Any, Example], float] | None = None
     scale: float = 100.0
     choices: bool = False
     combine: "Callable[[numpy.ndarray], numpy.ndarray] | None" = None

@@ -7,25 +7,24 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
+from benchmark_suite.example import Example
 from benchmark_suite.metrics.score import Compute, Score, mean
 
 if TYPE_CHECKING:
     import numpy
 
-    from benchmark_suite.task import Example
 
-
-def exact_match(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def exact_match(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Whether the prediction is one of the references, blanks around it aside."""
     return mean([_pair(_same, *pair) for pair in zip(predictions, examples, strict=True)])
 
 
-def squad_em(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def squad_em(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Exact match of SQuAD v1.1's official script (Rajpurkar et al., arXiv:1606.05250), as a fraction."""
     return mean([_pair(squad_match, *pair) for pair in zip(predictions, examples, strict=True)])
 
 
-def squad_f1(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def squad_f1(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Word overlap of SQuAD v1.1's official script, as a fraction."""
     return mean([_pair(squad_overlap, *pair) for pair in zip(predictions, examples, strict=True)])
 
@@ -54,7 +53,7 @@ def squad_overlap(prediction: str, reference: str) -> float:
 def rouge(kind: str) -> Compute:
     """ROUGE F-measure (Lin, 2004) by Google's ``rouge_score`` with stemming; the best of several references."""
 
-    def compute(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+    def compute(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
         scorer = _rouge_scorer(kind)
         values = [
             scorer.score_multi(example.references, prediction)[kind].fmeasure
@@ -65,7 +64,7 @@ def rouge(kind: str) -> Compute:
     return compute
 
 
-def bleu(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def bleu(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Corpus BLEU (Papineni et al., 2002) by sacrebleu with its defaults, 0 to 100."""
     from sacrebleu.metrics import BLEU
 
@@ -90,12 +89,12 @@ def bleu_of_counts(sums: "numpy.ndarray") -> "numpy.ndarray":
     return numpy.array([value(row) for row in sums.astype(int).tolist()])
 
 
-def sentence_bleu(prediction: str, example: "Example") -> float:
+def sentence_bleu(prediction: str, example: Example) -> float:
     """BLEU of a single sentence, smoothed as sacrebleu does, 0 to 100."""
     return _sentence_bleu(prediction, example).score
 
 
-def _sentence_bleu(prediction: str, example: "Example"):
+def _sentence_bleu(prediction: str, example: Example):
     return _sentence_scorer().sentence_score(prediction, list(example.references))
 
 
@@ -106,7 +105,7 @@ def _sentence_scorer():
     return BLEU(effective_order=True)
 
 
-def option_accuracy(predictions: Sequence[str], examples: Sequence["Example"]) -> Score:
+def option_accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> Score:
     """Whether the first choice named in the text is the right one (LLM-Adapters, Hu et al., arXiv:2304.01933)."""
     return mean(
         [
@@ -122,7 +121,7 @@ def first_option(text: str, options: Sequence[str]) -> str:
     return found.group() if found else ""
 
 
-def _pair(compare, prediction: str, example: "Example") -> float:
+def _pair(compare, prediction: str, example: Example) -> float:
     return max(float(compare(prediction, reference)) for reference in example.references)
 
 

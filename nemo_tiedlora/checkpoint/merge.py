@@ -70,7 +70,8 @@ class Changes:
 
     def _each(self, path: str, layer: int, weight: Tensor, change) -> Tensor:
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        original = precise.clone() if len(self.sites.get((path, layer), ())) > 1 else precise
+        several = len(self.sites.get((path, layer), ())) > 1
+        original = precise.clone() if several and self.adapter.variant.reads_weight else precise
         for site in self.sites.get((path, layer), ()):
             inside = rows(site.target, self.adapter.shape)
             frozen = FrozenWeight(original, inside)

@@ -46,43 +46,20 @@ class ConditionalConfig(VariantConfig):
         check_choice("orientation", self.orientation, get_args(Orientation))
 
 
-class _FormedA(torch.autograd.Function):
-    """A = θ_Aᵀ W, formed before: forward hands it out, backward goes on to θ_A. It keeps no copy of W."""
+class _Formed(torch.autograd.Function):
+    """A factor that is a linear function of θ, formed before: forward hands it out, backward goes on to θ.
+
+    It keeps no copy of W.
+    """
 
     @staticmethod
-    def forward(ctx, theta, weight, A):
-        ctx.weight = weight
-        return A.view_as(A)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.weight.left_gradient(grad), None, None
-
-
-class _FormedTurnedA(torch.autograd.Function):
-    """A = θ_Aᵀ Wᵀ, likewise."""
-
-    @staticmethod
-    def forward(ctx, theta, weight, A):
-        ctx.weight = weight
-        return A.view_as(A)
+    def forward(ctx, theta, gradient, factor):
+        ctx.gradient = gradient
+        return factor.view_as(factor)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.weight.turned_gradient(grad), None, None
-
-
-class _FormedB(torch.autograd.Function):
-    """B = W θ_B, likewise."""
-
-    @staticmethod
-    def forward(ctx, theta, weight, B):
-        ctx.weight = weight
-        return B.view_as(B)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.weight.right_gradient(grad), None, None
+        return ctx.gradient(grad), None, None
 
 
 class Conditional(Variant[ConditionalConfig]):
@@ -120,6 +97,9 @@ class Conditional(Variant[ConditionalConfig]):
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         theta_A, theta_B = tensors["theta_A"], tensors["theta_B"]
-        formed_A, product = (_FormedTurnedA, weight.turned) if self.turned else (_FormedA, weight.left)
+        product, gradient = (
+            (weight.turned, weight.turned_gradient) if self.turned else (weight.left, weight.left_gradient)
+        )
         A, B = self._once(site, (theta_A, theta_B), weight, lambda: (product(theta_A), weight.right(theta_B)))
-        return Factors(formed_A.apply(theta_A, weight, A), _FormedB.apply(theta_B, weight, B), self.scale)
+        A, B = _Formed.apply(theta_A, gradient, A), _Formed.apply(theta_B, weight.right_gradient, B)
+        return Factors(A, B, self.scale)

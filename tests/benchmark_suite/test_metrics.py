@@ -3,10 +3,10 @@
 import pytest
 import sacrebleu
 
+from benchmark_suite.example import Example
 from benchmark_suite.metrics import METRICS
 from benchmark_suite.metrics.numbers import final_answer, last_answer, number
 from benchmark_suite.metrics.texts import first_option, squad_match, squad_normalised, squad_overlap
-from benchmark_suite.task import Example
 
 
 def example(*references, choices=(), label=None):

@@ -8,13 +8,13 @@ import pytest
 import scipy.stats
 from report_results import metric, write
 
+from benchmark_suite.example import Example
 from benchmark_suite.metrics import METRICS
 from benchmark_suite.report.cells import load
 from benchmark_suite.report.comparisons import compare
 from benchmark_suite.report.pareto import front
 from benchmark_suite.report.section import sections
 from benchmark_suite.report.significance import bootstrap, holm, t_test
-from benchmark_suite.task import Example
 
 
 def resampled(differences, resamples=20_000):
