@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants.bank import Bank
-from nemo_tiedlora.variants.base import Variant, Wrapper
-from nemo_tiedlora.variants.dynamic import Alone, Dynamic
+from nemo_tiedlora.variants.base import Alone, Variant, Wrapper
 from nemo_tiedlora.variants.once import count_writes, written
 
 
@@ -45,12 +44,12 @@ def parameter_groups(bank: Bank, adapter: str = "adapter", lr: float | None = No
     Args:
         lr: the learning rate of every group, before LoRA+'s ratio; None leaves it to the optimizer.
     """
-    dynamic = isinstance(bank.variant, Dynamic)
+    alone = bank.variant.changes_with_step  # some of them may be held back
     groups: dict[Any, dict[str, Any]] = {}
     for key, (spec, tensor) in bank.trained().items():
         ratio = lr_ratio(bank.variant) if spec.factor == "B" else 1.0
         fresh = {"params": [], "keys": [], "adapter": adapter, "lr_ratio": ratio} | ({} if lr is None else {"lr": lr})
-        group = groups.setdefault(key if dynamic else ratio, fresh)
+        group = groups.setdefault(key if alone else ratio, fresh)
         group["params"].append(tensor)
         group["keys"].append(key)
     return list(groups.values())
@@ -81,8 +80,7 @@ class Contract:
     def __init__(self, optimizer: Optimizer, bank: Bank, adapter: str = "adapter", ranks: Alone | None = None):
         variant = bank.variant
         self.bank, self.adapter, self.ranks = bank, adapter, ranks
-        self.dynamic = variant if isinstance(variant, Dynamic) else None
-        self.local = self.dynamic is not None and self.dynamic.config.optimizer == "local"
+        self.variant = variant
         #: The schedule's learning rate at every step so far, and how many steps each tensor has taken.
         self.rates: list[float] = []
         self.steps: dict[str, int] = {}
@@ -112,8 +110,8 @@ class Contract:
         return [group for group in optimizer.param_groups if group.get("adapter") == self.adapter]
 
     def _before(self, optimizer: Optimizer, args, kwargs) -> None:
-        active = self.dynamic.active_keys() if self.dynamic else None
-        if self.local:
+        active = self.variant.active_keys()
+        if self.variant.own_schedules:
             self.rates.append(optimizer.param_groups[0]["lr"])
         for group in self._groups(optimizer):
             if active is not None and active.isdisjoint(group["keys"]):
@@ -124,7 +122,7 @@ class Contract:
     def _set_rate(self, group: dict[str, Any]) -> None:
         scheduled = group["lr"]
         self._put_back.append(partial(group.update, lr=scheduled))
-        if self.local:
+        if self.variant.own_schedules:
             scheduled = self.rates[self.steps.get(group["keys"][0], 0)]
         group["lr"] = scheduled * group["lr_ratio"]
 
@@ -141,10 +139,9 @@ class Contract:
             put_back()
         self._put_back.clear()
         written(self._tensors())
-        if self.dynamic:
-            for key in self.dynamic.active_keys():  # also those that are on another pipeline stage
-                self.steps[key] = self.steps.get(key, 0) + 1
-            self.dynamic.advance(self.ranks)
+        for key in self.variant.active_keys() or ():  # also those that are on another pipeline stage
+            self.steps[key] = self.steps.get(key, 0) + 1
+        self.variant.advance(self.ranks)
 
     def detach(self) -> None:
         """Let the optimizer be; again, nothing happens."""
@@ -156,11 +153,9 @@ class Contract:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; JSON can hold it."""
-        dynamic = self.dynamic.state_dict() if self.dynamic else None
-        return {"rates": self.rates, "steps": self.steps, "dynamic": dynamic}
+        return {"rates": self.rates, "steps": self.steps, "variant": self.variant.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         self.rates, self.steps = list(state["rates"]), dict(state["steps"])
-        if self.dynamic:
-            self.dynamic.load_state_dict(state["dynamic"])
+        self.variant.load_state_dict(state["variant"])

@@ -30,7 +30,7 @@ from nemo_tiedlora.nemo.rows import chat_form, first_row
 from nemo_tiedlora.platform.quiet import quiet
 from nemo_tiedlora.platform.threads import use_one_thread
 from nemo_tiedlora.ranks import is_first_rank, launched
-from nemo_tiedlora.variants import METHODS, Dynamic, TiedConfig, VariantConfig, config_for
+from nemo_tiedlora.variants import METHODS, TiedConfig, VariantConfig, config_for
 
 #: In a run's folder: what came of it; and what decides that, where NeMo does not move it aside when a run continues.
 SUMMARY, RECORD = "summary.json", "checkpoints/run.json"
@@ -342,8 +342,8 @@ def _write_allocations(model, folder: Path) -> None:
     from nemo_tiedlora.nemo.adaptations import Adaptations
 
     for adapted in Adaptations.of(model).values():
-        if isinstance(adapted.bank.variant, Dynamic):
-            write_text(folder / "allocations.json", json.dumps(adapted.bank.variant.history(), indent=1) + "\n")
+        if history := adapted.bank.variant.history():
+            write_text(folder / "allocations.json", json.dumps(history, indent=1) + "\n")
 
 
 def _where_saved(trainer, folder: Path) -> str:

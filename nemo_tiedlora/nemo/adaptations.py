@@ -11,7 +11,7 @@ from nemo_tiedlora.attach import Contract, parameter_groups
 from nemo_tiedlora.nemo.optimizer_states import inner, stepping, trained
 from nemo_tiedlora.parallel.scores import Ranks
 from nemo_tiedlora.parallel.synchronise import Synchroniser
-from nemo_tiedlora.variants import Bank, Dynamic
+from nemo_tiedlora.variants import Bank
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,8 @@ class Conducting(Callback):
         if model.use_mcore_dist_optim:
             return
         for scheme, adapted in self.adaptations.items():
-            variant = adapted.bank.variant
             tensors = {key: tensor for key, _, tensor in trained(inner(trainer), scheme)}
-            adapted.synchroniser(tensors, variant.active_keys() if isinstance(variant, Dynamic) else None)
+            adapted.synchroniser(tensors, adapted.bank.variant.active_keys())
 
     def on_exception(self, trainer, model, exception):
         self.on_train_end(trainer, model)

@@ -17,7 +17,7 @@ from nemo_tiedlora.parallel.cut import cut, tensor_ranks
 from nemo_tiedlora.parallel.exchange import agreed
 from nemo_tiedlora.parallel.scores import Ranks
 from nemo_tiedlora.parallel.synchronise import Synchroniser, partial
-from nemo_tiedlora.variants import Bank, Dynamic, Site, Variant, VariantConfig, build, config_for
+from nemo_tiedlora.variants import Bank, Site, Variant, VariantConfig, build, config_for
 
 
 class FactorPEFTConfig(PEFTConfig):
@@ -96,8 +96,8 @@ class FactorPEFTConfig(PEFTConfig):
 
 
 def _ranks(variant: Variant, modules: list[Site], cfg: DictConfig) -> Ranks | None:
-    """How DynaLoRA's scores are added up over ranks; None if there is nothing to choose."""
-    if not isinstance(variant, Dynamic):
+    """How a variant's scores are added up over ranks; None if it has none."""
+    if not variant.parts:
         return None
     column = torch.tensor([TARGETS[module.target].parallel == "column" for module in modules])
     split = {"output": column | bool(cfg.get("sequence_parallel")), "A": ~column, "B": column}
@@ -123,6 +123,6 @@ def _check_optimizer(cfg: DictConfig, variant: Variant) -> None:
         if overlapped and ranks > 1:
             way_out = "would begin before gradients are whole over tensor and pipeline ranks; set it to false"
             raise UsageError("model.optim.overlap_grad_sync", overlapped, way_out)
-    if cfg.get("sequence_parallel") and getattr(config, "importance", None) == "backward":
+    if cfg.get("sequence_parallel") and set(variant.parts) - {"output"}:
         way_out = "needs whole gradients of every micro-batch, and sequence parallelism has parts of them; use forward"
         raise UsageError("importance", "backward", way_out)

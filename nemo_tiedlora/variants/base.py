@@ -146,6 +146,18 @@ class TensorSpec:
         return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
 
 
+class Alone:
+    """One process: there is nothing to add up. Replaced where a sample, a layer or the data is spread over ranks."""
+
+    def within(self, powers: Tensor) -> Tensor:
+        """Σ|·|^p of each sample's whole values, from those of this rank's part: (parts, modules, samples)."""
+        return powers
+
+    def across(self, scores: Tensor) -> Tensor:
+        """Every module's score from all samples and all layers, from those of this rank: (modules,)."""
+        return scores
+
+
 Config = TypeVar("Config", bound=VariantConfig)
 
 
@@ -159,7 +171,7 @@ class Variant(ABC, Generic[Config]):
 
     #: Whether ``factors`` reads the layer's frozen weight.
     reads_weight: bool = False
-    #: Whether what trains depends on the optimizer steps taken, of which the variant must be told.
+    #: Whether what trains depends on the optimizer steps taken, after each of which ``advance`` must be called.
     changes_with_step: bool = False
     #: Whether some modules can train while others wait: each has something of its own.
     takes_turns: bool = True
@@ -212,6 +224,38 @@ class Variant(ABC, Generic[Config]):
     def observe(self, site: Site, output: Tensor) -> None:
         """An adapted layer's output, (samples, ..., out), in a pass that counts."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What scores are made of that are added up over ranks: ``output``, or the gradients of ``A`` and ``B``."""
+        return ()
+
+    @property
+    def own_schedules(self) -> bool:
+        """Whether each tensor follows the learning-rate schedule by the steps that it was active for."""
+        return False
+
+    def active_keys(self) -> set[str] | None:
+        """Keys of the tensors that train in this step; None: all."""
+        return None
+
+    def advance(self, ranks: Alone | None = None) -> None:
+        """An optimizer step was taken.
+
+        Args:
+            ranks: adds up scores over processes; None: there is one.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how it goes on; JSON can hold it."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, after ``start``."""
+
+    def history(self) -> dict[str, Any]:
+        """What was chosen when, for people; JSON can hold it. Empty where nothing is chosen."""
+        return {}
+
     def check(self, site: Site) -> None:
         """Raise ``UsageError`` if the variant cannot adapt this layer."""
         smallest = min(site.in_features, site.out_features)
@@ -262,6 +306,29 @@ class Wrapper(Variant[Config]):
 
     def observe(self, site: Site, output: Tensor) -> None:
         self.inner.observe(site, output)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.inner.parts
+
+    @property
+    def own_schedules(self) -> bool:
+        return self.inner.own_schedules
+
+    def active_keys(self) -> set[str] | None:
+        return self.inner.active_keys()
+
+    def advance(self, ranks: Alone | None = None) -> None:
+        self.inner.advance(ranks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state)
+
+    def history(self) -> dict[str, Any]:
+        return self.inner.history()
 
     def check(self, site: Site) -> None:
         self.inner.check(site)

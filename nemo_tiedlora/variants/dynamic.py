@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules, Name, normalised
-from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, Variant, Wrapper
+from nemo_tiedlora.variants.base import Alone, Factors, FrozenWeight, Site, Variant, Wrapper
 from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_number
 
 Schedule = Literal["periodic", "once"]
@@ -111,18 +111,6 @@ class Allocation:
     importance: dict[str, float]
 
 
-class Alone:
-    """One process: there is nothing to add up. Replaced where a sample, a layer or the data is spread over ranks."""
-
-    def within(self, powers: Tensor) -> Tensor:
-        """Σ|·|^p of each sample's whole values, from those of this rank's part: (parts, modules, samples)."""
-        return powers
-
-    def across(self, scores: Tensor) -> Tensor:
-        """Every module's score from all samples and all layers, from those of this rank: (modules,)."""
-        return scores
-
-
 class Dynamic(Wrapper[DynamicConfig]):
     """Any variant, of whose modules only the active ones get gradients.
 
@@ -198,7 +186,6 @@ class Dynamic(Wrapper[DynamicConfig]):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What the importance is made of."""
         return ("output",) if self.config.importance == "forward" else ("A", "B")
 
     def start(self, sites: Iterable[Site]) -> None:
@@ -214,8 +201,12 @@ class Dynamic(Wrapper[DynamicConfig]):
         else:
             self._allocate()
 
+    @property
+    def own_schedules(self) -> bool:
+        return self.config.optimizer == "local"
+
     def advance(self, ranks: Alone | None = None) -> None:
-        """An optimizer step was taken: add up the scores, and choose anew if it is time."""
+        """Add up the scores, and choose anew if it is time."""
         for number, module in enumerate(self.modules):
             self.active_steps[number] += module in self.active
         if self._scores(self.config.importance):
@@ -286,7 +277,7 @@ class Dynamic(Wrapper[DynamicConfig]):
         return {"steps": self.step, "modules": self._names(), "active_steps": self.active_steps, "log": log}
 
     def active_keys(self) -> set[str]:
-        """The keys of the tensors that some active module uses."""
+        """Of the tensors that some active module uses."""
         return {spec.key for module in self.active for spec in self.tensors(module).values()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from stack import Layers
 
 from nemo_tiedlora import attach
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants import DynamicConfig, TiedConfig
+from nemo_tiedlora.variants import METHODS, DynamicConfig, Method, Tied, TiedConfig
 
 LAYERS, K, PERIOD, SEED = 5, 2, 3, 7
 SETTINGS = {"rank": 2, "alpha": 3.0, "active": K, "period": PERIOD, "seed": SEED}
@@ -106,7 +106,7 @@ def test_its_state_continues_a_run_elsewhere():
     other.model.load_state_dict(adapter.model.state_dict())
     other_optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
     other_contract.load_state_dict(saved)
-    assert other_contract.state_dict() == contract.state_dict() and saved["dynamic"]["step"] == 4
+    assert other_contract.state_dict() == contract.state_dict() and saved["variant"]["step"] == 4
     assert trained(adapter, optimizer, 6) == trained(other, other_optimizer, 6)
     for key, tensor in adapter.named_tensors().items():
         assert torch.equal(tensor, other.named_tensors()[key])
@@ -199,3 +199,38 @@ assert inspect.signature(nemo_tiedlora.attach) == inspect.signature(nemo_tiedlor
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_method_of_ones_own_is_told_of_every_step():
+    class Alternating(Tied):
+        """Trains A in even steps, and B in odd ones."""
+
+        changes_with_step = True
+        step = 0
+
+        def active_keys(self):
+            return {"qkv.B" if self.step % 2 else "qkv.A"}
+
+        def advance(self, ranks=None):
+            self.step += 1
+
+        def state_dict(self):
+            return {"step": self.step}
+
+    METHODS.add(Method("alternating", TiedConfig, Alternating, "A and B in turn", {"preset": "TL5"}))
+    try:
+        torch.manual_seed(0)
+        model = Layers(3)
+        adapter = attach(model, "alternating", ["qkv"], rank=2)
+        optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-2), weight_decay=0.1)
+        contract = adapter.attach_to(optimizer)
+        for number in range(4):
+            before = {key: tensor.detach().clone() for key, tensor in adapter.named_tensors().items()}
+            optimizer.zero_grad()
+            (model(torch.randn(4, 6, dtype=torch.float64)) - 0.3).square().sum().backward()
+            optimizer.step()
+            changed = {key for key, tensor in adapter.named_tensors().items() if not torch.equal(tensor, before[key])}
+            assert changed == {"qkv.B" if number % 2 else "qkv.A"}
+        assert contract.state_dict()["variant"] == {"step": 4}
+    finally:
+        METHODS._known.pop("alternating")

@@ -17,7 +17,7 @@ from nemo_tiedlora import attach, own_methods
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import METHODS, PRESETS, Method, Site, Tied, TiedConfig, build, config_for
 from nemo_tiedlora.variants.allocate import ALLOCATORS, Name
-from nemo_tiedlora.variants.base import Factors, Wrapper
+from nemo_tiedlora.variants.base import Factors, Variant, Wrapper
 from nemo_tiedlora.variants.init import STD, Distribution
 from nemo_tiedlora.variants.tied import Preset
 
@@ -31,6 +31,12 @@ NO_EFFECT = {
     "vera": {"preset", "train", "tie", "init_scheme"},  # they would make it another method
     "dyna_lora": {"init_A", "init_B", "std_A", "std_B"},  # of the inner method: in settings
 }
+
+
+CALLED = (
+    "tensors", "factors", "computed", "decided", "final_at_merge", "start", "observe", "check",
+    "active_keys", "advance", "state_dict", "load_state_dict", "history",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_a_wrapper_leaves_everything_else_to_what_it_wraps():
             self.calls = []
 
         def __getattribute__(self, name):
-            if name in ("tensors", "factors", "computed", "decided", "final_at_merge", "start", "observe", "check"):
+            if name in CALLED:
                 object.__getattribute__(self, "calls").append(name)
                 return lambda *_: name
             return super().__getattribute__(name)
@@ -110,9 +116,10 @@ def test_a_wrapper_leaves_everything_else_to_what_it_wraps():
     site = Site("q", 0, 4, 4)
     wrapper.tensors(site), wrapper.factors(site, {}, None), wrapper.computed(site, None), wrapper.decided()
     wrapper.final_at_merge(), wrapper.start([site]), wrapper.observe(site, torch.zeros(1)), wrapper.check(site)
-    assert inner.calls == [
-        "tensors", "factors", "computed", "decided", "final_at_merge", "start", "observe", "check",
-    ]  # fmt: skip
+    wrapper.active_keys(), wrapper.advance(), wrapper.state_dict(), wrapper.load_state_dict({}), wrapper.history()
+    assert tuple(inner.calls) == CALLED
+    public = {name for name in vars(Variant) if not name.startswith("_")} - {"trained_at_once", "scale", "config"}
+    assert public <= {*CALLED, "reads_weight", "changes_with_step", "takes_turns", "observes", "parts", "own_schedules"}
 
 
 def test_a_setting_of_its_own_is_checked_like_any_other(added):
