@@ -38,7 +38,7 @@ def adapted_layers(base: Path, adapter: Path) -> dict[Site, AdaptedLayer]:
 
     with generator(base, adapter) as loaded, torch.no_grad():
         adapters = [module for module in loaded.model.modules() if isinstance(module, FactorAdapter)]
-        layers = {one.site: AdaptedLayer(one.factors(), one.frozen()) for one in adapters}
+        layers = {one.site: AdaptedLayer(one.factors().folded(), one.frozen()) for one in adapters}
     for site, (factors, _) in layers.items():
         if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
             raise UsageError("adapter", str(adapter), f"{site.target} of layer {site.layer} is not finite")

@@ -94,13 +94,13 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
         Args:
             bias: what the frozen layer has added to ``output`` beside its product with ``x``: (out,).
         """
-        A, B, scale, gain = self.factors()
+        A, B, scale, gain, u = self.factors()
         if self._rows is not None:
             out = self._linear.weight.shape[0]
             B = B.new_zeros(out, B.shape[1]).index_copy(0, self._rows, B)
             gain = None if gain is None else gain.new_ones(out).index_copy(0, self._rows, gain)
         exchange = EXCHANGES[self.parallel, self.sequence_parallel] if self.sharded else None
-        output = apply(output, self._dropped(x), A, B, scale, gain, bias, exchange)
+        output = apply(output, self._dropped(x), A, B, scale, gain, u, bias, exchange)
         if self.training and self._bank.variant.observes:
             seen = output if self._rows is None else output[..., self._rows]
             self._bank.variant.observe(self.site, seen.transpose(0, 1))

@@ -1,4 +1,4 @@
-"""The one operation of all adapters: ``y += s · (x Aᵀ) Bᵀ``."""
+"""The one operation of all adapters: ``y += s · ((x Aᵀ) ⊙ u) Bᵀ``."""
 
 from nemo_tiedlora.ops.apply import Exchange, apply
 

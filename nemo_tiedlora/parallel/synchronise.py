@@ -20,10 +20,10 @@ def partial(spec: TensorSpec, parallel: str, sequence_parallel: bool) -> bool:
     """Whether every tensor rank knows only a part of a tensor's gradient, to be summed.
 
     A's gradient is whole on every rank of a column-parallel layer, and B's on every rank of a row-parallel one:
-    ``EXCHANGES`` sees to that. With sequence parallelism both are of the rank's own tokens.
+    ``EXCHANGES`` sees to that. u's comes through B. With sequence parallelism all are of the rank's own tokens.
     """
-    beside_cut = {"column": "B", "row": "A"}[parallel]
-    return SHARDED_AXIS[parallel] not in spec.axes and (sequence_parallel or spec.factor == beside_cut)
+    beside_cut = {"column": ("B", "u"), "row": ("A",)}[parallel]
+    return SHARDED_AXIS[parallel] not in spec.axes and (sequence_parallel or spec.factor in beside_cut)
 
 
 class _SharedGradient(torch.autograd.Function):

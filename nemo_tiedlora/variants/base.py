@@ -23,7 +23,7 @@ from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import COMPUTED, Init
 
 #: The factor that a tensor is a part of; empty for a part of neither.
-Factor = Literal["A", "B", ""]
+Factor = Literal["A", "B", "u", ""]
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,26 @@ class Site:
 
 
 class Factors(NamedTuple):
-    """What a layer does to its frozen weight: ``gain ⊙ (W + scale · B A)``.
+    """What a layer does to its frozen weight: ``gain ⊙ (W + scale · B diag(u) A)``.
 
-    A (rank, in), B (out, rank), and a gain (out,) per row that only DoRA has; None is 1.
+    A (rank, in), B (out, rank), a gain (out,) per row that only DoRA has, and u (rank,); None is 1. Where u is trained
+    and A is not, nothing as large as the layer's input need be kept for u's gradient.
     """
 
     A: Tensor
     B: Tensor
     scale: float
     gain: Tensor | None = None
+    u: Tensor | None = None
+
+    def folded(self) -> "Factors":
+        """The same with u in A."""
+        return self if self.u is None else self._replace(A=self.u[:, None] * self.A, u=None)
+
+    def detached(self) -> "Factors":
+        """The same as constants."""
+        gain, u = (part if part is None else part.detach() for part in (self.gain, self.u))
+        return Factors(self.A.detach(), self.B.detach(), self.scale, gain, u)
 
 
 class FrozenWeight:
@@ -125,8 +136,8 @@ class TensorSpec:
         axes: what each dimension runs over: ``rank``, ``in`` or ``out``, or its size. Sharding follows from it.
         init: how it starts.
         trained: whether it gets gradients; a frozen random tensor is never saved but drawn again.
-        factor: which factor of the layer it is a part of, ``A`` or ``B``; empty for a part of neither. A tensor that is
-            a part of both is named twice, with the same key.
+        factor: which factor of the layer it is a part of: ``A``, ``B`` or the ``u`` between them; empty for a part of
+            neither. A tensor that is a part of both A and B is named twice, with the same key.
     """
 
     key: str
@@ -348,26 +359,22 @@ class Part(NamedTuple):
 PARTS = {
     "A": Part(("rank", "in"), "A"),
     "B": Part(("out", "rank"), "B"),
-    "u": Part(("rank",), "A"),
+    "u": Part(("rank",), "u"),
     "v": Part(("out",), "B"),
 }
 
 
 def merged(weight: Tensor, factors: Factors) -> Tensor:
-    """``gain ⊙ (W + s B A)``, the weight (out, in) that gives alone what the layer and its adapter give together."""
-    A, B, scale, gain = factors
+    """``gain ⊙ (W + s B diag(u) A)``: the weight (out, in) that alone gives what the layer and its adapter do together."""
+    A, B, scale, gain, _ = factors.folded()
     whole = torch.addmm(weight, B, A, alpha=scale)
     return whole if gain is None else gain[:, None] * whole
 
 
-def fold(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """``diag(u) A`` and ``diag(v) B``; a part that is not there is 1. Scales cost nothing in the small factors."""
-    A, B = tensors["A"], tensors["B"]
-    if "u" in tensors:
-        A = tensors["u"][:, None] * A
-    if "v" in tensors:
-        B = tensors["v"][:, None] * B
-    return A, B
+def scaled(tensors: Mapping[str, Tensor], scale: float) -> Factors:
+    """``diag(u) A`` and ``diag(v) B``; a part that is not there is 1. v costs nothing in B, u little after ``x Aᵀ``."""
+    B = tensors["B"]
+    return Factors(tensors["A"], tensors["v"][:, None] * B if "v" in tensors else B, scale, u=tensors.get("u"))
 
 
 class Count(NamedTuple):

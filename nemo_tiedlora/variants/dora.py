@@ -38,9 +38,9 @@ class Dora(Wrapper[VariantConfig]):
         return "DoRA scaled the rows by their former lengths"
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
-        A, B, scale, _ = self.inner.factors(site, tensors, weight)
-        norms = self._once(site, tensors.values(), weight, lambda: row_norms(weight, A, B, scale))
-        return Factors(A, B, scale, tensors["m"] / norms)
+        factors = self.inner.factors(site, tensors, weight)
+        norms = self._once(site, tensors.values(), weight, lambda: row_norms(weight, *factors.folded()[:3]))
+        return factors._replace(gain=tensors["m"] / norms)
 
 
 def row_norms(weight: FrozenWeight, A: Tensor, B: Tensor, scale: float) -> Tensor:

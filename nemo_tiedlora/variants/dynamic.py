@@ -149,9 +149,9 @@ class Dynamic(Wrapper[DynamicConfig]):
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
         factors = self.inner.factors(site, tensors, weight)
         if site not in self.active:
-            A, B, scale, gain = factors
-            return Factors(A.detach(), B.detach(), scale, None if gain is None else gain.detach())
+            return factors.detached()
         if self._scores("backward") and torch.is_grad_enabled():
+            factors = factors.folded()
             factors = factors._replace(A=self._watched(site, "A", factors.A), B=self._watched(site, "B", factors.B))
         return factors
 

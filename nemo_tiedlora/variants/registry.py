@@ -186,7 +186,8 @@ def build(config: VariantConfig, layers: int) -> Variant:
 def _check_ratio(variant: Variant, config: VariantConfig) -> None:
     """LoRA+ tells the tensors of A from those of B."""
     trained = [spec for spec in variant.tensors(Site("", 0, 1, 1)).values() if spec.trained]
-    factors = {factor: {spec.key for spec in trained if spec.factor == factor} for factor in "AB"}
+    parts = {"A": ("A", "u"), "B": ("B",)}
+    factors = {factor: {spec.key for spec in trained if spec.factor in parts[factor]} for factor in parts}
     if factors["A"] & factors["B"]:
         raise UsageError("lr_ratio", config.lr_ratio, "nothing to tell apart: A and B are of one tensor; set it to 1")
     if not (factors["A"] and factors["B"]):

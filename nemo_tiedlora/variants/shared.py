@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import groups as grouping
-from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
+from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, scaled
 from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_start, parts
 from nemo_tiedlora.variants.init import ZEROS, Init, constant
 
@@ -101,4 +101,4 @@ class Shared(Variant[SharedConfig]):
         return {part: PARTS[part].spec(f"{site.target}.{owner[part]}.{part}", inits[part]) for part in config.train}
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
-        return Factors(*fold(tensors), self.scale)
+        return scaled(tensors, self.scale)

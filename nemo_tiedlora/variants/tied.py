@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
-from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, fold
+from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, scaled
 from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_start, parts
 from nemo_tiedlora.variants.init import ZEROS, Init, constant
 
@@ -110,4 +110,4 @@ class Tied(Variant[TiedConfig]):
         return specs
 
     def factors(self, site: Site, tensors: Mapping[str, Tensor], weight: FrozenWeight) -> Factors:
-        return Factors(*fold(tensors), self.scale)
+        return scaled(tensors, self.scale)

@@ -17,15 +17,19 @@ def tensors(leading, dtype=torch.float64, rank=2, features=(7, 11)):
 
 
 @pytest.mark.parametrize("leading", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("wanted", ["xAB", "AB", "xB", "xA", "A", "B", "x"])
+@pytest.mark.parametrize("wanted", ["xABu", "AB", "xB", "xA", "A", "B", "x", "u", "xu", "uB"])
 def test_output_and_gradients_equal_plain_autograd(leading, wanted):
     x, W, A, B = tensors(leading)
+    u = torch.randn(len(A), dtype=torch.float64) if "u" in wanted else None
     results = []
-    for add in (lambda y, x, A, B: apply(y, x, A, B, 0.75), lambda y, x, A, B: y + 0.75 * (x @ A.T) @ B.T):
-        leaves = {"x": x.clone(), "A": A.clone(), "B": B.clone()}
+    for add in (
+        lambda y, x, A, B, u: apply(y, x, A, B, 0.75, u=u),
+        lambda y, x, A, B, u: y + 0.75 * (x @ (A if u is None else u[:, None] * A).T) @ B.T,
+    ):
+        leaves = {"x": x.clone(), "A": A.clone(), "B": B.clone(), "u": None if u is None else u.clone()}
         for name in wanted:
             leaves[name].requires_grad_()
-        y = add(leaves["x"] @ W.T, leaves["x"], leaves["A"], leaves["B"])
+        y = add(leaves["x"] @ W.T, leaves["x"], leaves["A"], leaves["B"], leaves["u"])
         y.square().sum().backward()
         results.append((y, *(leaves[name].grad for name in wanted)))
     for ours, reference in zip(*results, strict=True):
@@ -34,13 +38,14 @@ def test_output_and_gradients_equal_plain_autograd(leading, wanted):
 
 def test_gradcheck():
     x, W, A, B = (tensor.requires_grad_() for tensor in tensors((3, 2)))
-    assert torch.autograd.gradcheck(lambda x, W, A, B: apply(x @ W.T, x, A, B, 0.5), (x, W, A, B))
+    u = torch.rand(len(A), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, W, A, B, u: apply(x @ W.T, x, A, B, 0.5, u=u), (x, W, A, B, u))
 
 
-def saved_sizes(x, W, A, B):
+def saved_sizes(x, W, A, B, u=None):
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-        apply(torch.nn.functional.linear(x, W), x, A, B, 1.0)
+        apply(torch.nn.functional.linear(x, W), x, A, B, 1.0, u=u)
     return sizes
 
 
@@ -52,6 +57,8 @@ def test_keeps_nothing_as_large_as_the_output_and_no_input_for_a_frozen_a():
     frozen = saved_sizes(x, W, A, B)
     assert tokens * fan_in not in frozen and tokens * fan_out not in frozen
     assert tokens * rank in frozen
+    with_u = saved_sizes(x, W, A, B, torch.ones(rank, dtype=torch.float64, requires_grad=True))
+    assert tokens * fan_in not in with_u and tokens * fan_out not in with_u
     trained = saved_sizes(x, W, A.clone().requires_grad_(), B)
     assert tokens * fan_in in trained and tokens * fan_out not in trained
 
