@@ -365,7 +365,7 @@ PARTS = {
 
 
 def merged(weight: Tensor, factors: Factors) -> Tensor:
-    """``gain ⊙ (W + s B diag(u) A)``: the weight (out, in) that alone gives what the layer and its adapter do together."""
+    """``gain ⊙ (W + s B diag(u) A)``, the weight (out, in) that does alone what the layer and its adapter do."""
     A, B, scale, gain, _ = factors.folded()
     whole = torch.addmm(weight, B, A, alpha=scale)
     return whole if gain is None else gain[:, None] * whole
