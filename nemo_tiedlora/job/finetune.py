@@ -21,7 +21,7 @@ from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import check_output, write_text
 from nemo_tiedlora.job.calibrate import Calibration, groups_file
-from nemo_tiedlora.job.inputs import check, scheme_of
+from nemo_tiedlora.job.inputs import check, check_scheme, scheme_of, under, without_groups
 from nemo_tiedlora.job.lock import hold
 from nemo_tiedlora.job.record import Record
 from nemo_tiedlora.job.settings import check_outline, check_settings
@@ -63,7 +63,7 @@ def finetune(cfg: DictConfig) -> Path:
         _take_saved_settings(cfg)
     path = cfg.model.restore_from_path
     base = check_base(Path(path), "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
-    method = check(cfg, base)
+    method = checked(cfg, base)
     if not path:
         path = embedded_base.base()
         use_one_thread()
@@ -87,6 +87,26 @@ def finetune(cfg: DictConfig) -> Path:
     method = _find_groups(cfg, folder) or method
     with held, quiet(not cfg.verbose) as results, platform.host():
         return _run(cfg, method, base, as_asked, results, record, changed)
+
+
+def checked(cfg: DictConfig, base: DictConfig) -> VariantConfig | None:
+    """Check all of a job's config against the model config of its base.
+
+    Returns:
+        The settings of its method, parsed this once; None for a scheme of NeMo's. Groups to be found are left out.
+
+    Raises:
+        UsageError: for the first thing that is wrong.
+    """
+    scheme = scheme_of(cfg)
+    check_scheme(scheme)
+    method = None
+    if scheme in METHODS:
+        with under(scheme):
+            section = cfg.model.peft.get(f"{scheme}_tuning") or DictConfig({})
+            method = config_for(scheme, without_groups(OmegaConf.to_container(section)))
+    check(cfg, base, method)
+    return method
 
 
 def choose_folder(cfg: DictConfig, as_asked: str) -> Path:

@@ -1,15 +1,19 @@
 """Checks of everything a user gives a job, in the seconds before NeMo is imported."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from importlib.util import find_spec
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.job.calibrate import Calibration, read_texts
 from nemo_tiedlora.model.sizes import check_fit
 from nemo_tiedlora.nemo.rows import check_data
-from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, VariantConfig, config_for
+from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, VariantConfig
 
 #: Baselines that the job runs, NeMo's own but for parallel_adapter; the key of their settings under model.peft.
 STOCK_SCHEMES = {
@@ -22,29 +26,32 @@ STOCK_SCHEMES = {
 }
 
 
-def check(cfg: DictConfig, base: DictConfig) -> VariantConfig | None:
+def check(cfg: DictConfig, base: DictConfig, method: VariantConfig | None) -> None:
     """Check a fine-tuning job's resolved config against the model config of its base.
 
-    Returns:
-        The settings of its method; None for a scheme of NeMo's.
+    Args:
+        method: the settings of its method; None for a scheme of NeMo's.
 
     Raises:
         UsageError: for the first thing that is wrong.
     """
     scheme = scheme_of(cfg)
-    if scheme not in METHODS and scheme not in STOCK_SCHEMES:
-        raise UsageError(
-            "model.peft.peft_scheme", scheme, f"{closest(scheme, (*METHODS, *STOCK_SCHEMES))}; {OF_YOUR_OWN}"
-        )
     if not base.get("mcore_gpt"):
         raise UsageError("model.restore_from_path", cfg.model.restore_from_path, "not a Megatron-core GPT (mcore_gpt)")
-    section = cfg.model.peft.get(f"{scheme}_tuning")
-    config = check_variant(scheme, section, base) if scheme in METHODS else None
+    if method:
+        with under(scheme):
+            check_method(method, base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
     check_layout(cfg.model, base)
     check_sections(cfg.model.data)
-    return config
+
+
+def check_scheme(scheme: str) -> None:
+    """Raise ``UsageError`` unless the job can run the scheme."""
+    if scheme not in METHODS and scheme not in STOCK_SCHEMES:
+        way_out = f"{closest(scheme, (*METHODS, *STOCK_SCHEMES))}; {OF_YOUR_OWN}"
+        raise UsageError("model.peft.peft_scheme", scheme, way_out)
 
 
 def check_layout(model: DictConfig, base: DictConfig) -> None:
@@ -84,20 +91,29 @@ def scheme_of(cfg: DictConfig) -> str:
     return str(cfg.model.peft.peft_scheme or "none")
 
 
-def check_variant(scheme: str, section: DictConfig | None, base: DictConfig) -> VariantConfig:
-    """One of our schemes' settings, once they are known to fit the base's layers; without groups still to be found."""
+@contextmanager
+def under(scheme: str) -> Iterator[None]:
+    """Give the settings of a scheme their full names in what is said of them."""
     try:
-        settings = OmegaConf.to_container(section) if section else {}
-        shared = settings if scheme == "share_lora" else settings.get("settings") or {}
-        if isinstance(shared.get("groups"), dict):  # found later
-            calibration = Calibration.of(shared["groups"])
-            read_texts(calibration.data, 1, calibration.field)
-            shared["groups"] = []
-        config = config_for(scheme, settings)
-        for layer in config.layer_selection or ():
-            if not 1 <= layer <= base.num_layers:
-                raise UsageError("layer_selection", layer, f"the base has layers 1 to {base.num_layers}")
-        check_fit(config, base)
-        return config
+        yield
     except UsageError as error:
         raise error.under(f"model.peft.{scheme}_tuning") from None
+
+
+def without_groups(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, without groups that a calibration is still to find; what that needs is checked."""
+    settings = deepcopy(settings)
+    for section in (settings, settings.get("settings") or {}):
+        if isinstance(section.get("groups"), dict):
+            calibration = Calibration.of(section["groups"])
+            read_texts(calibration.data, 1, calibration.field)
+            section["groups"] = []
+    return settings
+
+
+def check_method(method: VariantConfig, base: DictConfig) -> None:
+    """Check a method's settings against the base's layers."""
+    for layer in method.layer_selection or ():
+        if not 1 <= layer <= base.num_layers:
+            raise UsageError("layer_selection", layer, f"the base has layers 1 to {base.num_layers}")
+    check_fit(method, base)

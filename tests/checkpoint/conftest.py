@@ -32,9 +32,9 @@ def _make(scheme="tied_lora", shape=None, dtype=torch.float32, seed=0, **setting
     tensors, checksums = {}, {}
     for key, (spec, site) in specs.items():
         size = spec.shape(site, variant.rank)
-        if spec.trained:
+        if spec.stored:
             tensors[key] = torch.randn(size, generator=draw).to(dtype)
-        else:
+        elif spec.init.random:
             drawn = spec.init.draw(size, variant.seed, key, variant.drawing_rule)
             checksums[key] = record(drawn, spec.init.unit(size))
     known = dict.fromkeys(("self_attention.linear_qkv", "mlp.linear_fc2"), "0" * 64)

@@ -19,15 +19,17 @@ from safetensors.torch import load_file
 from nemo_tiedlora.checkpoint import read, write
 from nemo_tiedlora.checkpoint.stack import stack, unstack
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants import PRESETS
+from nemo_tiedlora.variants import METHODS, PRESETS, Method, Tied, TiedConfig
 
-METHODS = {
+CASES = {
     **{preset: ("tied_lora", {"preset": preset}) for preset in PRESETS},
     "untied": ("tied_lora", {"train": ["A", "u"], "tie": []}),
     "layers": ("tied_lora", {"layer_selection": [1, 2, 4]}),
     "vera": ("vera", {}),
     "share": ("share_lora", {"groups": [[0, 1], [2, 3]], "rank_expansion": 6}),
     "cond": ("cond_lora", {"groups": [[0, 3]]}),
+    "xs": ("lora_xs", {}),
+    "uni": ("uni_lora", {"dimension": 100}),
     "dyna": ("dyna_lora", {"inner": "share_lora", "settings": {"groups": "odd_even"}, "active": 3}),
     "dora": ("tied_lora", {"dora": True, "target_modules": ["all"]}),
 }
@@ -42,10 +44,10 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_round_trip_is_exact(make, same, tmp_path, method, dtype, place):
-    scheme, settings = METHODS[method]
+    scheme, settings = CASES[method]
     adapter = make(scheme, dtype=dtype, **settings)
     write(adapter, tmp_path / place)
     assert same(read(tmp_path / place), adapter)
@@ -97,7 +99,7 @@ def test_folder_and_file_are_the_same_adapter(make, tmp_path):
 
 @pytest.mark.parametrize("method", ["TL6", "vera", "LoRA", "dyna", "cond", "share", "dora"])
 def test_a_folder_holds_the_trained_numbers_and_less_than_5_kb(make, tmp_path, method):
-    scheme, settings = METHODS[method]
+    scheme, settings = CASES[method]
     every = ["attention_q", "attention_k", "attention_v", "attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]
     for targets in (["attention_qkv"], ["all"], every):
         adapter = make(scheme, LLAMA, torch.bfloat16, **settings | {"target_modules": targets, "rank": 2})
@@ -374,3 +376,18 @@ def test_a_full_file_system_leaves_the_old_adapter(make, same, tiny_disk, place)
     with pytest.raises(UsageError, match="no disk space"):
         write(make(shape={"hidden_size": 1024}), tiny_disk / place)
     assert same(read(tiny_disk / place), small)
+
+
+def test_another_version_of_a_method_is_refused(make, tmp_path):
+    METHODS.add(Method("grown", TiedConfig, Tied, "a method of one's own", version=2))
+    try:
+        write(make("grown"), tmp_path / "a")
+        assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["method_version"] == 2
+        assert read(tmp_path / "a").scheme == "grown"
+        METHODS._known["grown"] = replace(METHODS["grown"], version=3)
+        with pytest.raises(UsageError, match="it is of version 2 of grown; here it is 3"):
+            read(tmp_path / "a")
+    finally:
+        METHODS._known.pop("grown")
+    with pytest.raises(UsageError, match="method='grown'.*--methods FILE.py"):
+        read(tmp_path / "a")

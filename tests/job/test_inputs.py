@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 from nemo_tiedlora import files
 from nemo_tiedlora.checkpoint import write
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.job import inputs
-from nemo_tiedlora.job.finetune import choose_folder
+from nemo_tiedlora.job.finetune import checked, choose_folder
 from nemo_tiedlora.job.script import prepare_hydra
 from nemo_tiedlora.model.config import nemo_config
 
@@ -65,20 +64,20 @@ def job(tmp_path, *overrides):
 
 def refusal(cfg, base=None):
     with pytest.raises(UsageError) as error:
-        inputs.check(cfg, OmegaConf.create(BASE if base is None else base))
+        checked(cfg, OmegaConf.create(BASE if base is None else base))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_sound_job_passes(tmp_path):
-    inputs.check(job(tmp_path), OmegaConf.create(BASE))
+    checked(job(tmp_path), OmegaConf.create(BASE))
 
 
 @pytest.mark.parametrize(
     "scheme", ["lora", "none", "adapter", "ia3", "ptuning", "vera", "tied_lora", "share_lora", "cond_lora", "dyna_lora"]
 )
 def test_every_scheme_passes(tmp_path, scheme):
-    inputs.check(job(tmp_path, f"model.peft.peft_scheme={scheme}"), OmegaConf.create(BASE))
+    checked(job(tmp_path, f"model.peft.peft_scheme={scheme}"), OmegaConf.create(BASE))
 
 
 @pytest.mark.parametrize(
