@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection
 import torch
 from torch import nn
 
-from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
+from nemo_tiedlora.variants.base import Factors, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.frozen import check, record
 from nemo_tiedlora.variants.init import COMPUTED
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 #: Takes a whole tensor to the part that this process holds.
 Cut = Callable[[torch.Tensor, TensorSpec, Site], torch.Tensor]

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants import groups as grouping
-from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
+from nemo_tiedlora.variants.base import Factors, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import ZEROS, Distribution, Init
 from nemo_tiedlora.variants.once import OncePerStep
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 Orientation = Literal["paper", "authors"]
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant, Wrapper
+from nemo_tiedlora.variants.base import Factors, Site, TensorSpec, Variant, Wrapper
 from nemo_tiedlora.variants.config import VariantConfig
 from nemo_tiedlora.variants.init import COMPUTED, Init
 from nemo_tiedlora.variants.once import OncePerStep
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 
 class Dora(Wrapper[VariantConfig]):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.variants.allocate import ALLOCATORS, Modules, Name, normalised
-from nemo_tiedlora.variants.base import Alone, Factors, FrozenWeight, Site, Variant, Wrapper
+from nemo_tiedlora.variants.base import Alone, Factors, Site, Variant, Wrapper
 from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_number
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 Schedule = Literal["periodic", "once"]
 Importance = Literal["forward", "backward"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_tiedlora.variants.base import FrozenWeight
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 _COUNTED = "_writes_are_counted"
 

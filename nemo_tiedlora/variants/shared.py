@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import groups as grouping
-from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, scaled
+from nemo_tiedlora.variants.base import PARTS, Factors, Site, TensorSpec, Variant, scaled
 from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_start, parts
 from nemo_tiedlora.variants.init import ZEROS, Init, constant
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 Expansion = Literal["none", "budget"]
 

@@ -14,9 +14,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError, check_choice
-from nemo_tiedlora.variants.base import PARTS, Factors, FrozenWeight, Site, TensorSpec, Variant, scaled
+from nemo_tiedlora.variants.base import PARTS, Factors, Site, TensorSpec, Variant, scaled
 from nemo_tiedlora.variants.config import DERIVED, VariantConfig, check_start, parts
 from nemo_tiedlora.variants.init import ZEROS, Init, constant
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 Preset = Literal["LoRA", "TL1", "TL2", "TL3", "TL4", "TL5", "TL6", "VeRA"]
 InitScheme = Literal["paper", "zero_delta", "authors"]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.variants.base import Factors, FrozenWeight, Site, TensorSpec, Variant
+from nemo_tiedlora.variants.base import Factors, Site, TensorSpec, Variant
 from nemo_tiedlora.variants.config import VariantConfig, check_number
 from nemo_tiedlora.variants.init import COMPUTED, Init
+from nemo_tiedlora.variants.weight import FrozenWeight
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,7 @@ import torch
 from stack import Layers, train
 
 from nemo_tiedlora import attach
-from nemo_tiedlora.variants import ConditionalConfig, DynamicConfig, SharedConfig, TiedConfig
+from nemo_tiedlora.variants import ConditionalConfig, DynamicConfig, SharedConfig, Site, TiedConfig, build, count
 
 COMMON = {"rank": 2, "alpha": 3.0, "dora": True}
 CONFIGS = {
@@ -99,3 +99,9 @@ def test_agrees_with_hugging_face_dora():
     for number, layer in enumerate(theirs.base_model.model.layers):
         their_m = layer["qkv"].lora_magnitude_vector["default"].weight.grad
         torch.testing.assert_close(named[f"qkv.{number}.m"].grad, their_m, rtol=1e-10, atol=1e-10)
+
+
+def test_its_lengths_count_as_trained_and_as_active():
+    site = Site("qkv", 0, 6, 10)
+    variant = build(TiedConfig(preset="LoRA", rank=2, dora=True), 1)
+    assert count(variant, [site]).trainable == variant.trained_at_once([site]) == 2 * 16 + 10
