@@ -62,8 +62,8 @@ class Run:
         from nemo_tiedlora.nemo import model
 
         def kept(build):
-            def built(cfg, base, trainer):
-                self.trainer, self.model = trainer, build(cfg, base, trainer)
+            def built(cfg, base, trainer, *more):
+                self.trainer, self.model = trainer, build(cfg, base, trainer, *more)
                 return self.model
 
             return built
