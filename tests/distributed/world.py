@@ -119,8 +119,8 @@ def train(case: dict, files: dict, layout: dict, scratch: Path) -> dict:
         record["tensors"] = {
             key: tensor.detach().float().clone() for key, tensor in adapted.bank.named_tensors().items()
         }
-        if hasattr(adapted.bank.variant, "history"):
-            record["history"] = adapted.bank.variant.history()
+        if history := adapted.bank.variant.history():
+            record["history"] = history
     return record
 
 
