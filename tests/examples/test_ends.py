@@ -70,7 +70,7 @@ def test_all_ranks_of_a_run_that_diverges_end_together(tmp_path, layout):
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.thorough)])
 def test_a_rank_that_is_killed_ends_the_others_and_the_job_continues(tmp_path, victim):
     ranks = forked.torchrun(2, SCRIPT, *SHORT, "trainer.devices=2", cwd=tmp_path)
-    until(lambda: checkpoints(tmp_path), *ranks)
+    until(lambda: checkpoints(tmp_path) and not list(tmp_path.rglob("*-unfinished")), *ranks)
     ranks[victim].send_signal(signal.SIGKILL)
     code, _, err = ranks[1 - victim].finish(timeout=60)
     lines = [line for line in err.splitlines() if line and not line.startswith("step ")]
