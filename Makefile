@@ -30,7 +30,7 @@ test test-thorough: export LC_ALL = C.UTF-8
 test: setup lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough"
 
-# Hours: all layouts with all methods, hundreds of kills.
+# Half an hour: all layouts with all methods, hundreds of kills.
 test-thorough: setup lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
