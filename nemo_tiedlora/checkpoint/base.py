@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +29,7 @@ from nemo_tiedlora.checkpoint.pieces import Pieces
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
-from nemo_tiedlora.model.archive import Archive, entry, opened
+from nemo_tiedlora.model.archive import Appended, Archive, entry, growing, opened
 from nemo_tiedlora.model.config import MODEL_CONFIG, config_as_it_is, read_model_config
 from nemo_tiedlora.model.targets import TARGETS, shape
 
@@ -198,7 +198,7 @@ class _Distributed(BaseFile):
         placed = {}
         bar = iter(progress(order, "writing", len(order)))
         for name, inside in files.items():
-            with _growing(tar, f"model_weights/{name}") as out:
+            with growing(tar, f"model_weights/{name}") as out:
                 start = out.tell()
                 for index in inside:
                     next(bar)
@@ -257,16 +257,9 @@ class _Single(BaseFile):
         weights = {place: key for place, key in self.keys.items() if place[0] in paths}
         for place, key in progress(weights.items(), "writing", len(weights)):
             self.state[key].copy_(change(*place, self.state[key]))  # the pages changed are this process's own
-        with _growing(tar, SINGLE) as out:
-            torch.save(self.state, _Appended(out))  # type: ignore[arg-type]  # torch needs no more of a file
+        with growing(tar, SINGLE) as out:
+            torch.save(self.state, Appended(out))  # type: ignore[arg-type]  # torch needs no more of a file
         return {SINGLE}
-
-
-class _Appended:
-    """The rest of a file as a file."""
-
-    def __init__(self, file: IO[bytes]):
-        self.write, self.flush = file.write, file.flush
 
 
 @contextmanager
@@ -308,18 +301,3 @@ def check_base(path: Path, field: str) -> DictConfig:
             return base.config
     except UsageError as error:
         raise pickles.with_digest(error, path) from None
-
-
-@contextmanager
-def _growing(tar: tarfile.TarFile, name: str) -> Iterator[IO[bytes]]:
-    """A new member, to be written piece by piece: its size goes into its header at the end."""
-    file, start = cast(IO[bytes], tar.fileobj), tar.offset  # by path, ``tarfile`` opens an ordinary file
-    file.write(bytes(tarfile.BLOCKSIZE))
-    yield file
-    size = file.tell() - start - tarfile.BLOCKSIZE
-    file.write(bytes(-size % tarfile.BLOCKSIZE))
-    tar.offset = file.tell()
-    header = entry(name, size).tobuf(tarfile.GNU_FORMAT)
-    file.seek(start)
-    file.write(header)
-    file.seek(tar.offset)

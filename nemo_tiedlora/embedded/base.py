@@ -10,19 +10,14 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import pickle
 import tarfile
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import cache_folder, write_bytes
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FOLDER = Path(__file__).parent
 WEIGHTS, TOKENIZER = "base.safetensors", "tokenizer.model"
@@ -93,12 +88,6 @@ MODEL = dict(
 )
 #: The class that restores it.
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
-#: The file of a distributed checkpoint that has the tensors.
-PIECES = "__0_0.distcp"
-#: What a distributed checkpoint in PyTorch's format says of itself.
-BACKENDS = dict(
-    sharded_backend="torch_dist", sharded_backend_version=1, common_backend="torch", common_backend_version=1
-)
 
 
 def base() -> Path:
@@ -125,21 +114,18 @@ def packed() -> bytes:
     Raises:
         UsageError: a file that came with this package is damaged.
     """
-    from omegaconf import OmegaConf
     from safetensors.torch import load
 
-    from nemo_tiedlora.model.archive import entry
+    from nemo_tiedlora.checkpoint.packed import Piece, pack
 
-    weights = dict(sorted(load(shipped(WEIGHTS)).items()))  # they come in any order
+    weights = load(shipped(WEIGHTS))
     # NeMo tells the files of several models apart by such names.
     tokenizer = f"{SHA256[TOKENIZER][:32]}_{TOKENIZER}"
-    config = OmegaConf.to_yaml(model_config(f"nemo:{tokenizer}") | dict(target=TARGET))
-    members = {"model_config.yaml": config.encode(), tokenizer: shipped(TOKENIZER)}
-    members |= {f"model_weights/{name}": file for name, file in _distributed(weights).items()}
+    config = model_config(f"nemo:{tokenizer}") | dict(target=TARGET)
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, file in members.items():
-            tar.addfile(entry(name, len(file)), io.BytesIO(file))
+        # Weights come in any order.
+        pack(tar, config, {tokenizer: shipped(TOKENIZER)}, (Piece(*weight) for weight in sorted(weights.items())))
     return content.getvalue()
 
 
@@ -163,45 +149,3 @@ def model_config(tokenizer: str) -> dict[str, Any]:
     """NeMo's configuration of the model, with the tokenizer as this file."""
     library = dict(library="sentencepiece", type=None, delimiter=None, sentencepiece_legacy=False)
     return MODEL | dict(tokenizer=library | dict(model=tokenizer, vocab_file=None, merge_file=None))
-
-
-def _distributed(weights: dict[str, Tensor]) -> dict[str, bytes]:
-    """The files of a distributed checkpoint as NeMo saves one, with each tensor in one piece."""
-    import torch
-    from torch.distributed.checkpoint import metadata as listing
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    pieces, stored, described = io.BytesIO(), {}, {}
-
-    def put(index: listing.MetadataIndex, content: object) -> None:
-        file = _torch_file(content)
-        stored[index] = _StorageInfo(PIECES, pieces.tell(), len(file))
-        pieces.write(file)
-
-    for name, weight in weights.items():
-        start = torch.Size([0] * weight.dim())
-        chunk = listing.ChunkStorageMetadata(offsets=start, sizes=weight.shape)
-        properties = listing.TensorProperties.create_from_tensor(weight)
-        described[f"model.{name}"] = listing.TensorStorageMetadata(properties, weight.shape, [chunk])
-        put(listing.MetadataIndex(f"model.{name}", start), weight)
-    # Megatron-core asks every linear layer for a state besides its weight, which only Transformer Engine has.
-    for name, weight in weights.items():
-        if ".linear_" in name and name.endswith(".weight"):
-            for layer in range(len(weight)):
-                state = f"model.{name.removesuffix('weight')}_extra_state/shard_{layer}_{len(weight)}"
-                described[state] = listing.BytesStorageMetadata()
-                put(listing.MetadataIndex(state), [None])
-    return {
-        "metadata.json": json.dumps(BACKENDS).encode(),
-        "common.pt": _torch_file({}),
-        ".metadata": pickle.dumps(listing.Metadata(described, storage_data=stored)),
-        PIECES: pieces.getvalue(),
-    }
-
-
-def _torch_file(content: object) -> bytes:
-    import torch
-
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import FULL
@@ -193,3 +193,25 @@ def entry(name: str, size: int) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o644
     return member
+
+
+@contextmanager
+def growing(tar: tarfile.TarFile, name: str) -> Iterator[IO[bytes]]:
+    """A new member, to be written piece by piece: its size goes into its header at the end."""
+    file, start = cast(IO[bytes], tar.fileobj), tar.offset  # by path, ``tarfile`` opens an ordinary file
+    file.write(bytes(tarfile.BLOCKSIZE))
+    yield file
+    size = file.tell() - start - tarfile.BLOCKSIZE
+    file.write(bytes(-size % tarfile.BLOCKSIZE))
+    tar.offset = file.tell()
+    header = entry(name, size).tobuf(tarfile.GNU_FORMAT)
+    file.seek(start)
+    file.write(header)
+    file.seek(tar.offset)
+
+
+class Appended:
+    """The rest of a file as a file of its own, for ``torch.save``."""
+
+    def __init__(self, file: IO[bytes]):
+        self.write, self.flush = file.write, file.flush

@@ -1,0 +1,241 @@
+"""Which models can be taken over: their fields in NeMo's words, and every field that would make another model of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_tiedlora.embedded.base import MODEL, TARGET
+from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.model.config import MOST_BYTES, MOST_LAYERS, MOST_SIZE
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one class of transformers.
+
+    Args:
+        models: what people call them.
+        kind: their ``model_type``.
+        qkv_bias: whether the q, k and v projections have a bias.
+        qk_norm: whether every head's queries and keys are normalised.
+        defaults: what transformers takes where the config says nothing, and other families do not.
+    """
+
+    models: str
+    kind: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+#: By class, as in ``architectures``.
+FAMILIES = {
+    "LlamaForCausalLM": Family("Llama 1 to 3.x, SmolLM 1 and 2", "llama"),
+    "MistralForCausalLM": Family(
+        "Mistral without a sliding window", "mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}
+    ),
+    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "Qwen3ForCausalLM": Family(
+        "Qwen3", "qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}
+    ),
+}  # fmt: skip
+SUPPORTED = "; ".join(f"{family.models} ({name})" for name, family in FAMILIES.items())
+
+#: Fields that are read here.
+_READ = {
+    "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "rope_parameters", "tie_word_embeddings", "sliding_window", "layer_types", "bos_token_id",
+    "eos_token_id",
+}  # fmt: skip
+#: Fields that decide nothing about what a model computes from a text: how it was made and kept, how it is trained from
+#: its first weights on, how text is drawn from it.
+_OTHER = {
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "pad_token_id", "unk_token_id",
+    "initializer_range", "attention_dropout", "hidden_dropout", "pretraining_tp", "max_window_layers",
+    "is_llama_config", "transformers.js_config", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset",
+    "return_dict", "id2label", "label2id", "task_specific_params", "tokenizer_class", "prefix", "problem_type",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "chunk_size_feed_forward",
+    "output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
+    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "sep_token_id",
+}  # fmt: skip
+#: Fields that may be there with one value: with another the model is one that these layers do not compute.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "partial_rotary_factor": (1, 1.0),
+    "tie_encoder_decoder": (False,),
+}
+
+
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """A JSON file of settings in a model's folder.
+
+    Raises:
+        UsageError: it is not there, or is none.
+    """
+    path = folder / name
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UsageError("model", str(path), "larger than a config can be")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("model", str(folder), f"there is no {name} in it; name a folder of a saved model") from None
+    except (ValueError, RecursionError, OSError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError("model", str(path), f"not readable as JSON ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise UsageError("model", str(path), "not a list of settings with names")
+    return content
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of a model's config.
+
+    Raises:
+        UsageError: it is of another one.
+    """
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and len(named) == 1 else None
+    if name not in FAMILIES:
+        raise UsageError("architectures", named, f"in {CONFIG}; {closest(name, FAMILIES)}")
+    kind = FAMILIES[name].kind
+    if config.get("model_type", kind) != kind:
+        raise UsageError("model_type", config["model_type"], f"in {CONFIG}; {name} is of type {kind}")
+    return FAMILIES[name]
+
+
+def model_config(config: dict[str, Any]) -> dict[str, Any]:
+    """NeMo's config of the model; its tokenizer and the padding of its vocabulary are not in it.
+
+    Args:
+        config: the content of ``config.json``.
+
+    Raises:
+        UsageError: an unknown class, or a field with a value that these layers do not compute, by its name.
+    """
+    family = family_of(config)
+    given = {name: value for name, value in config.items() if value is not None}
+    _check_known(given)
+    _check_windows(family, config, given)
+    values = family.defaults | given
+    size = _sizes(values)
+    heads, hidden = size("num_attention_heads", MOST_SIZE), size("hidden_size", MOST_SIZE)
+    groups = size("num_key_value_heads", MOST_SIZE, heads)
+    if heads % groups:
+        raise UsageError("num_key_value_heads", groups, f"in {CONFIG}; does not divide the {heads} attention heads")
+    if "head_dim" not in values and hidden % heads:
+        raise UsageError("hidden_size", hidden, f"in {CONFIG}; the {heads} attention heads do not divide it")
+    head = size("head_dim", MOST_SIZE, hidden // heads)
+    if head % 2:
+        raise UsageError("head_dim", head, f"in {CONFIG}; rotary positions need an even one")
+    length = size("max_position_embeddings", MOST_SIZE)
+    tied = values.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise UsageError("tie_word_embeddings", tied, f"in {CONFIG}; must be true or false")
+    qk_norm = {"qk_layernorm": True} if family.qk_norm else {}
+    return {
+        **MODEL,
+        "num_layers": size("num_hidden_layers", MOST_LAYERS),
+        "hidden_size": hidden,
+        "ffn_hidden_size": size("intermediate_size", MOST_SIZE),
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "kv_channels": head,
+        "encoder_seq_length": length,
+        "max_position_embeddings": length,
+        "layernorm_epsilon": _number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
+        "qkv_bias": family.qkv_bias,
+        **qk_norm,
+        **_positions(values),
+        "share_embeddings_and_output_weights": tied,
+        "data": {**MODEL["data"], "seq_length": length},
+        "target": TARGET,
+    }
+
+
+def _check_known(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if name in _ONLY:
+            if value not in _ONLY[name]:
+                raise UsageError(name, value, f"in {CONFIG}; only {_ONLY[name][0]} can be run here")
+        elif value and name not in _READ and name not in _OTHER and name != "use_sliding_window":
+            way_out = "not known to leave the result as it is; if it does, take it out of the file"
+            raise UsageError(name, value, f"in {CONFIG}; {way_out}")
+
+
+def _check_windows(family: Family, config: dict[str, Any], given: dict[str, Any]) -> None:
+    """Megatron-core's own attention sees the whole text."""
+    kinds = given.get("layer_types", [])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UsageError("layer_types", kinds, f"in {CONFIG}; only full_attention can be run here")
+    if given.get("use_sliding_window"):
+        raise UsageError("use_sliding_window", True, f"in {CONFIG}; sliding windows cannot be run here")
+    if family.kind in ("qwen2", "qwen3"):  # use_sliding_window decides
+        return
+    window = config.get("sliding_window", family.defaults.get("sliding_window"))
+    length = given.get("max_position_embeddings", 0)
+    if window is not None and not (type(window) is int and type(length) is int and window >= length):
+        way_out = "sliding windows cannot be run here; texts that are no longer than it do not need it: a model for"
+        raise UsageError(
+            "sliding_window", window, f"in {CONFIG}; {way_out} those has it as max_position_embeddings, now {length}"
+        )
+
+
+def _sizes(values: dict[str, Any]) -> Callable[..., int]:
+    def size(name: str, most: int, default: int | None = None) -> int:
+        value = values.get(name, default)
+        if type(value) is not int or not 1 <= value <= most:
+            raise UsageError(name, value, f"in {CONFIG}; must be a whole number from 1 to {most:,}")
+        return value
+
+    return size
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise UsageError(name, value, f"in {CONFIG}; must be a number above 0")
+    return value
+
+
+def _positions(values: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions: the newer ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``."""
+    where = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(where) or {}
+    if not isinstance(rope, dict):
+        raise UsageError(where, rope, f"in {CONFIG}; must have named values")
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{where}.{name}", value, f"in {CONFIG}; positions of each layer's own cannot be run here")
+    base = {"rotary_base": _number("rope_theta", rope.get("rope_theta", values.get("rope_theta", 10000.0)))}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = {"default": (), "linear": ("factor",), "llama3": _LLAMA3}
+    if kind not in known:
+        raise UsageError(f"{where}.rope_type", kind, f"in {CONFIG}; must be one of {', '.join(known)}")
+    allowed = {*known[kind], "rope_type", "type", "rope_theta"}
+    for name, value in rope.items():
+        if name not in allowed and value not in (None, 1, 1.0):
+            raise UsageError(f"{where}.{name}", value, f"in {CONFIG}; not known for rope_type {kind}")
+    numbers = {name: _number(f"{where}.{name}", rope.get(name)) for name in known[kind]}
+    if kind == "linear":
+        return base | {"seq_len_interpolation_factor": numbers["factor"]}
+    if kind == "llama3":
+        return base | {"scale_positional_embedding": True} | {_LLAMA3[name]: numbers[name] for name in _LLAMA3}
+    return base
+
+
+#: Of Llama 3.1's rotary positions, and what NeMo calls them.
+_LLAMA3 = {
+    "factor": "scale_factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "old_context_len",
+}
