@@ -294,6 +294,26 @@ def convert(
     show(facts | {name: converted.settings[name] for name in ("rank", "alpha", "target_modules")}, as_json)
 
 
+@app.command(name="import-hf")
+def import_hf(
+    model: Annotated[Path, typer.Argument(help="Folder with config.json, *.safetensors and tokenizer.json.")],
+    out: Annotated[Path, typer.Option(help="The .nemo to write.")],
+    vocab_divisible_by: Annotated[
+        int, typer.Option(help="Add rows of zeros to the vocabulary up to a multiple of this.", min=1, max=2**16)
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Take a Hugging Face model over as a base: Llama 1 to 3.x, SmolLM 1 and 2, Mistral without a sliding window,
+    Qwen2, Qwen2.5, Qwen3. Any other, and any setting that would compute something else, is refused by name."""
+    from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.huggingface.taken_over import take_over
+
+    if out.suffix != ".nemo":
+        raise UsageError("out", str(out), "must end in .nemo")
+    check_output(out.parent, "out")
+    show(take_over(model, out, vocab_divisible_by), as_json)
+
+
 @app.command()
 def table(as_json: AsJson = False) -> None:
     """The parameter columns (P%) of the Tied-LoRA paper's table 2, as Markdown."""

@@ -77,6 +77,7 @@ def pack(tar: tarfile.TarFile, config: dict[str, Any], files: dict[str, bytes], 
                 described[name] = listing.TensorStorageMetadata(properties, whole, [])
             described[name].chunks.append(chunk)
             put(listing.MetadataIndex(name, chunk.offsets), tensor)
+            del piece, tensor  # else they would be there beside the next
         # Megatron-core asks every linear layer for a state besides its weight, which only Transformer Engine has.
         for name, saved in list(described.items()):
             if ".linear_" in name and name.endswith(".weight"):

@@ -1,4 +1,4 @@
-"""Which models can be taken over: their fields in NeMo's words, and every field that would make another model of one."""
+"""Which models can be taken over, their fields in NeMo's words, and the fields that would make other models of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tiedlora.embedded.base import MODEL, TARGET
-from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import MOST_BYTES, MOST_LAYERS, MOST_SIZE
 
 CONFIG = "config.json"
@@ -57,7 +57,8 @@ _READ = {
 #: Fields that decide nothing about what a model computes from a text: how it was made and kept, how it is trained from
 #: its first weights on, how text is drawn from it.
 _OTHER = {
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "pad_token_id", "unk_token_id",
+    "_name_or_path", "_model_name_or_path", "_flash_attn_2_enabled", "finetuning_task",
+    "transformers_version", "torch_dtype", "dtype", "use_cache", "pad_token_id", "unk_token_id",
     "initializer_range", "attention_dropout", "hidden_dropout", "pretraining_tp", "max_window_layers",
     "is_llama_config", "transformers.js_config", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset",
     "return_dict", "id2label", "label2id", "task_specific_params", "tokenizer_class", "prefix", "problem_type",
@@ -75,16 +76,16 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """A JSON file of settings in a model's folder.
+def read_config(folder: Path, name: str = CONFIG, most: int = MOST_BYTES) -> dict[str, Any]:
+    """A JSON file of settings, of at most ``most`` bytes, in a model's folder.
 
     Raises:
         UsageError: it is not there, or is none.
     """
     path = folder / name
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UsageError("model", str(path), "larger than a config can be")
+        if path.stat().st_size > most:
+            raise UsageError("model", str(path), f"larger than it can be: more than {most:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError("model", str(folder), f"there is no {name} in it; name a folder of a saved model") from None
@@ -106,7 +107,7 @@ def family_of(config: dict[str, Any]) -> Family:
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and len(named) == 1 else None
     if name not in FAMILIES:
-        raise UsageError("architectures", named, f"in {CONFIG}; {closest(name, FAMILIES)}")
+        raise UsageError("architectures", named, f"in {CONFIG}; what can be taken over: {SUPPORTED}")
     kind = FAMILIES[name].kind
     if config.get("model_type", kind) != kind:
         raise UsageError("model_type", config["model_type"], f"in {CONFIG}; {name} is of type {kind}")

@@ -20,6 +20,7 @@ from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import check_output, write_text
+from nemo_tiedlora.huggingface.taken_over import Model, base_of, is_model
 from nemo_tiedlora.job.calibrate import Calibration, groups_file
 from nemo_tiedlora.job.inputs import check, check_scheme, scheme_of, under, without_groups
 from nemo_tiedlora.job.lock import hold
@@ -62,9 +63,15 @@ def finetune(cfg: DictConfig) -> Path:
     if cfg.model.peft.restore_from_path:
         _take_saved_settings(cfg)
     path = cfg.model.restore_from_path
-    base = check_base(Path(path), "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
+    model = Model(Path(path)) if path and is_model(Path(path)) else None
+    if model:
+        base = OmegaConf.create(model.config)
+    else:
+        base = check_base(Path(path), "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
     method = checked(cfg, base)
-    if not path:
+    if model:
+        path = base_of(model)
+    elif not path:
         path = embedded_base.base()
         use_one_thread()
     folder = choose_folder(cfg, as_asked)

@@ -10,6 +10,7 @@ from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.huggingface.taken_over import Model, base_of, is_model
 from nemo_tiedlora.job.host_config import host_config
 from nemo_tiedlora.platform.quiet import quiet
 
@@ -58,11 +59,16 @@ class Generator:
 
 @contextmanager
 def generator(base: Path, adapter: Path | None = None, precision: str | int = 32, verbose: bool = False):
-    """Load a base ``.nemo`` and, on top of it, a saved adapter; inside the block the result can be used.
+    """Load a base and, on top of it, a saved adapter; inside the block the result can be used.
+
+    Args:
+        base: a ``.nemo``, or the folder of a Hugging Face model.
 
     Raises:
         UsageError: a file that is no ``.nemo``, or an adapter made for another base.
     """
+    if is_model(base):
+        base = base_of(Model(base))
     shape = check_base(base, "base")
     if not shape.get("mcore_gpt"):
         raise UsageError("base", str(base), "not a Megatron-core GPT (mcore_gpt is not set)")

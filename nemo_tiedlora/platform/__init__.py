@@ -87,6 +87,7 @@ def patches() -> tuple[Patch, ...]:
         fusions,
         nemo_fixes,
         norm,
+        tokenizers,
         torchvision,
         transformer_engine,
         unpickling,
@@ -103,6 +104,7 @@ def patches() -> tuple[Patch, ...]:
         checkpoint,
         dataset_helpers,
         nemo_fixes,
+        tokenizers,
         unpickling,
     )
     return tuple(value for file in files for value in vars(file).values() if isinstance(value, Patch))

@@ -4,6 +4,8 @@ A probe that passes without its patch means that these versions no longer need i
 """
 
 import io
+import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -52,6 +54,25 @@ def piece_lists_without_code(tmp_path, **_):
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Path.touch))
     assert_refused(FileSystemReader(tmp_path).read_metadata)
+
+
+@probe
+def tokenizer_files_inside(tmp_path, **_):
+    from nemo.collections.nlp.models.language_modeling import megatron_base_model
+    from tokenizers import Tokenizer, models
+
+    files = tmp_path / "1_tokenizer.json", tmp_path / "2_tokenizer_config.json"
+    Tokenizer(models.WordLevel({"a": 0, "<end>": 1}, "a")).save(str(files[0]))
+    settings = {"eos_token": "<end>", "chat_template": "{{ 1 }}", "additional_special_tokens": ["a"]}
+    files[1].write_text(json.dumps(settings | {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": ["code.A"]}}))
+    made = megatron_base_model.get_nmt_tokenizer("huggingface", None, str(files[0]), merges_file=str(files[1]))
+    assert (made.eos_id, made.vocab_size, made.additional_special_tokens) == (1, 2, ["a"])
+    assert made.tokenizer.chat_template == "{{ 1 }}"
+
+
+@probe
+def tokenizers_before_workers(**_):
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
 
 
 @probe
