@@ -55,6 +55,7 @@ setup(
         "scipy",
         "sentencepiece",
         "tensorboard",
+        "transformers>=4.51,<5",
         "typer>=0.12.5",
     ],
     extras_require={"test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval"]},

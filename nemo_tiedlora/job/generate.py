@@ -67,6 +67,7 @@ def generator(base: Path, adapter: Path | None = None, precision: str | int = 32
     Raises:
         UsageError: a file that is no ``.nemo``, or an adapter made for another base.
     """
+    base = Path(base)
     if is_model(base):
         base = base_of(Model(base))
     shape = check_base(base, "base")
