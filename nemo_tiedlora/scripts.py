@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from runpy import run_path
 
+from nemo_tiedlora.own_methods import LOADED, OPTION
+
 PACKAGE = Path(__file__).parent
 #: In the package where that is installed, with ``conf`` beside it; beside the package in a checkout.
 EXAMPLES = next((path for path in (PACKAGE / "examples", PACKAGE.parent / "examples") if path.is_dir()), PACKAGE)
@@ -18,7 +20,7 @@ def run(script: str, command: str, arguments: list[str]) -> None:
     """
     global _command
     _command = command
-    sys.argv = [str(EXAMPLES / script), *arguments]
+    sys.argv = [str(EXAMPLES / script), *arguments, *(f"{OPTION}={path}" for path in LOADED)]
     run_path(sys.argv[0], run_name="__main__")
 
 

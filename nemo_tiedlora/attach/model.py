@@ -116,8 +116,9 @@ class Attached:
         return self.model
 
     def _check_contract(self, tensor: torch.Tensor) -> None:
-        error = error_without(self.variant)
-        if error and not (self._contract and self._contract.in_force):
+        if self._contract and self._contract.in_force:
+            return
+        if error := error_without(self.variant):
             raise error
 
 

@@ -69,8 +69,9 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
     def decorate(job: Callable[["DictConfig"], None]) -> Callable[[], None]:
         def main() -> None:
             with _stopping_at_signals():
+                given = sys.argv[1:]
                 try:
-                    sys.argv[1:] = take(sys.argv[1:])
+                    sys.argv[1:] = take(given)
                 except UsageError as error:
                     _exit(str(error))
                 if {"--help", "-h"} & set(sys.argv[1:]):
@@ -80,14 +81,14 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
                     command = scripts.command() or f"python {sys.argv[0]}"
                     print(help_text(purpose, command, config_path.resolve() / f"{config_name}.yaml"))
                     return
-                _run(job, config_path, config_name)
+                _run(job, config_path, config_name, given)
 
         return main
 
     return decorate
 
 
-def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: str) -> None:
+def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: str, given: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -103,6 +104,7 @@ def _run(job: Callable[["DictConfig"], None], config_path: Path, config_name: st
     try:
         # The job runs outside Hydra, which would print its own report before any error of the job.
         take(lambda cfg: composed.append((cfg, HydraConfig.get().mode == RunMode.MULTIRUN)))()
+        sys.argv[1:] = given  # with it, Lightning starts the processes of other devices
         for cfg, sweep in composed:
             from nemo_tiedlora.checkpoint.pickles import trusting
 

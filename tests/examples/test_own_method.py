@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import forked
 import pytest
+import toy
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, GENERATOR = (ROOT / "examples" / f"megatron_gpt_{name}.py" for name in ("finetuning", "generate"))
@@ -68,3 +71,17 @@ def test_a_method_of_a_users_own_file_goes_through_every_door(folder):
     changed = (folder / "core.py").read_text().replace("a trained matrix", "another matrix")
     (folder / "changed.py").write_text(changed)
     assert "--methods=" in run(folder, SCRIPT, "--methods", "changed.py", *job, code=2)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("command", [[SCRIPT], ["-m", "nemo_tiedlora", "finetune"]], ids=["script", "command"])
+def test_the_processes_of_other_devices_have_the_method_too(folder, command):
+    job = [
+        "model.peft.peft_scheme=core_lora", "trainer.devices=2", "trainer.max_steps=2", "trainer.val_check_interval=2",
+        f"exp_manager.exp_dir=two-{len(command)}", "model.global_batch_size=8", "model.micro_batch_size=4",
+        "model.data.validation_ds.metric.name=loss", "model.data.validation_ds.micro_batch_size=8",
+    ]  # fmt: skip
+    line = [sys.executable, *map(str, command), "--methods", "core.py", *job]
+    environment = toy.FRESH | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0 and "core_lora: loss" in done.stdout, done.stderr[-2000:]
