@@ -10,6 +10,7 @@ from typing import Any
 
 from nemo_tiedlora.embedded.base import MODEL, TARGET
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.huggingface.modules import LLAMA, Modules
 from nemo_tiedlora.model.config import MOST_BYTES, MOST_LAYERS, MOST_SIZE
 
 CONFIG = "config.json"
@@ -25,6 +26,7 @@ class Family:
         qkv_bias: whether the q, k and v projections have a bias.
         qk_norm: whether every head's queries and keys are normalised.
         defaults: what transformers takes where the config says nothing, and other families do not.
+        modules: its linear layers.
     """
 
     models: str
@@ -32,6 +34,7 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
+    modules: Modules = LLAMA
 
 
 #: By class, as in ``architectures``.
