@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 from nemo_tiedlora import __version__, analyze, console, own_methods, scripts
 from nemo_tiedlora.console import AsJson, show
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.huggingface.export import Dtype, Format
 
 app = typer.Typer(
     name="tiedlora",
@@ -292,6 +293,32 @@ def convert(
     parameters = sum(tensor.numel() for tensor in converted.tensors.values())
     facts = {"file": str(out), "scheme": converted.scheme, "trainable": parameters, "adapter_sha256": sha256}
     show(facts | {name: converted.settings[name] for name in ("rank", "alpha", "target_modules")}, as_json)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A saved adapter of any method: a .nemo or a folder.")],
+    base: Annotated[Path, typer.Option(help="The base it was trained on.")],
+    out: Annotated[Path, typer.Option(help="A folder to write; a .nemo for nemo-lora, a .gguf for gguf-lora.")],
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="peft-lora: for Hugging Face PEFT, vLLM, TensorRT-LLM; peft-vera: PEFT's VeRA; "
+            "nemo-lora: stock NeMo's LoRA, of one rank; gguf-lora: for llama.cpp.",
+        ),
+    ] = "peft-lora",
+    dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = "float32",
+    base_name: Annotated[str | None, typer.Option(help="The model's name, for PEFT's config.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also with a base of other weights.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter of any method as one that others read: its factors, layer by layer, as a plain LoRA."""
+    from nemo_tiedlora.huggingface.export import export
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
+    show(export(adapter, base, form, out, dtype, base_name, force), as_json)
 
 
 @app.command(name="import-hf")

@@ -42,6 +42,31 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path, field: str) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` to fill; it becomes ``path`` only if the block succeeds.
+
+    Raises:
+        UsageError: there is something at ``path``, other than an empty folder; the disk is full.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(field, str(path), "there is something there already; name a folder that is new or empty")
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for written in unfinished.iterdir():
+            _flush(written)
+        os.replace(unfinished, path)
+        _flush(path.parent)
+    except OSError as error:
+        if _is_full(error):
+            raise UsageError(field, str(path), "no disk space to write it; nothing was changed") from None
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def move(finished: Path, path: Path) -> None:
     """Let ``finished`` take ``path``'s place in the same folder, once all of it is on disk."""
     _flush(finished)

@@ -9,7 +9,7 @@ from omegaconf import open_dict
 from torch import Tensor
 
 from nemo_tiedlora.checkpoint.adapter import Adapter
-from nemo_tiedlora.checkpoint.base import open_base
+from nemo_tiedlora.checkpoint.base import BaseFile, open_base
 from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import check_shape, plain
@@ -83,6 +83,29 @@ class Changes:
         return precise.to(weight.dtype)
 
 
+def check_trained_on(adapter: Adapter, path: Path, base: BaseFile, force: bool) -> dict[str, str]:
+    """The checksums of ``base``, once it is known to be the one that the adapter at ``path`` was trained on.
+
+    Args:
+        force: one with other weights will do, if its shape is the same.
+
+    Raises:
+        UsageError: it is another one.
+    """
+    check_shape(adapter.shape, base.config, "adapter", path)
+    found = base.checksums(adapter.paths)
+    if adapter.base.checksums and found != adapter.base.checksums and not force:
+        way_out = "its weights differ; use --force to go on all the same"
+        raise UsageError("base", str(base.archive.path), f"not the base this adapter was trained on: {way_out}")
+    return found
+
+
+def said_of(checksums: dict[str, str], adapter: Adapter) -> str:
+    """Whether a base's checksums are those of the one that an adapter was trained on, in a word."""
+    known = adapter.base.checksums
+    return "matches" if checksums == known else "differs" if known else "not recorded"
+
+
 def merge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[str, Any]:
     """Write the base with the adapter in its weights: an ordinary ``.nemo`` that gives the adapted model's outputs.
 
@@ -101,12 +124,7 @@ def merge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[str
     """
     loaded, sha256 = read_with_sha256(adapter)
     with open_base(base, "base", _folder(out)) as source:
-        check_shape(loaded.shape, source.config, "adapter", adapter)
-        found = source.checksums(loaded.paths)
-        known = bool(loaded.base.checksums)
-        if known and found != loaded.base.checksums and not force:
-            raise UsageError("base", str(base), "not the base this adapter was trained on: its weights differ; "
-                             "use --force to merge all the same")  # fmt: skip
+        found = check_trained_on(loaded, adapter, source, force)
         changes, rounding = Changes(loaded), Rounding()
         undoable = not loaded.variant.final_at_merge()
 
@@ -127,7 +145,7 @@ def merge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[str
         "file": str(out),
         "scheme": loaded.scheme,
         "layers": len(changes.sites),
-        "base_checksum": "matches" if found == loaded.base.checksums else "differs" if known else "not recorded",
+        "base_checksum": said_of(found, loaded),
         "adapter_sha256": sha256,
         "unmerge_max_difference": rounding.max_difference if undoable else None,
         "unmerge_changed_weights": rounding.changed if undoable else None,
