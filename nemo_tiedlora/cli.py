@@ -321,6 +321,23 @@ def export(
     show(export(adapter, base, form, out, dtype, base_name, force), as_json)
 
 
+@app.command(name="import-peft")
+def import_peft(
+    adapter: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
+    base: Annotated[Path, typer.Option(help="The base that is the model it was trained on.")],
+    out: Annotated[Path, typer.Option(help="A folder to write, or a .nemo.")],
+    as_json: AsJson = False,
+) -> None:
+    """Take a LoRA, DoRA or VeRA adapter of Hugging Face PEFT over as one of ours."""
+    from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.huggingface.peft_import import import_peft
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
+    check_output(out.parent, "out")
+    show(import_peft(adapter, base, out), as_json)
+
+
 @app.command(name="import-hf")
 def import_hf(
     model: Annotated[Path, typer.Argument(help="Folder with config.json, *.safetensors and tokenizer.json.")],

@@ -10,7 +10,7 @@ from torch import Tensor
 from nemo_tiedlora.checkpoint.adapter import Adapter
 from nemo_tiedlora.checkpoint.base import BaseFile
 from nemo_tiedlora.checkpoint.merge import Changes
-from nemo_tiedlora.model.targets import TARGETS, rows, shape
+from nemo_tiedlora.model.targets import rows, shape, whole
 from nemo_tiedlora.variants import FrozenWeight
 from nemo_tiedlora.variants.dora import row_norms
 
@@ -53,16 +53,6 @@ class PlainLora:
         """The adapted layers, counted from 0."""
         return sorted({layer for _, layer in self.changes.sites})
 
-    def places(self, targets: tuple[str, ...]) -> Tensor:
-        """The rows of Megatron's whole weight that targets inside one projection address, one below the other."""
-        found = [rows(target, self.adapter.shape) for target in targets]  # None: all
-        return torch.cat(
-            [
-                torch.arange(shape(target, self.adapter.shape)[1]) if inside is None else inside
-                for target, inside in zip(targets, found, strict=True)
-            ]
-        )
-
     @torch.no_grad()
     def pair(self, path: str, layer: int, places: Tensor) -> Pair | None:
         """What it does to the rows ``places`` of a layer's weight; None where it leaves all of them as they are.
@@ -73,8 +63,7 @@ class PlainLora:
         if not sites:
             return None
         reads = self.adapter.variant.reads_weight
-        whole = next(target for target, where in TARGETS.items() if where.path == path and where.part is None)
-        columns, height = shape(whole, self.adapter.shape)
+        columns, height = shape(whole(path), self.adapter.shape)
         weight = self.base.weight(path, layer) if reads else torch.empty(height, columns, device="meta")
         As, Bs, gain, stretched = [], [], torch.ones(len(places)), False
         for site in sites:

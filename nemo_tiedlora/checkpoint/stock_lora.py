@@ -15,7 +15,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
 from nemo_tiedlora.model.archive import entry
 from nemo_tiedlora.model.config import MODEL_CONFIG
-from nemo_tiedlora.model.targets import TARGETS
+from nemo_tiedlora.model.targets import TARGETS, places
 
 WEIGHTS = "model_weights.ckpt"
 
@@ -34,7 +34,7 @@ def write(lora: PlainLora, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     found = []
     for layer in progress(lora.layers(), "exporting", len(lora.layers())):
         for name, target in ADAPTERS.items():
-            pair = lora.pair(TARGETS[target].path, layer, lora.places((target,)))
+            pair = lora.pair(TARGETS[target].path, layer, places((target,), lora.adapter.shape))
             if pair is None:
                 continue
             if pair.lengths is not None:

@@ -79,8 +79,8 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_config(folder: Path, name: str = CONFIG, most: int = MOST_BYTES) -> dict[str, Any]:
-    """A JSON file of settings, of at most ``most`` bytes, in a model's folder.
+def read_config(folder: Path, name: str = CONFIG, most: int = MOST_BYTES, field: str = "model") -> dict[str, Any]:
+    """A JSON file of settings, of at most ``most`` bytes, in a model's folder; ``field`` is what messages call it.
 
     Raises:
         UsageError: it is not there, or is none.
@@ -88,16 +88,16 @@ def read_config(folder: Path, name: str = CONFIG, most: int = MOST_BYTES) -> dic
     path = folder / name
     try:
         if path.stat().st_size > most:
-            raise UsageError("model", str(path), f"larger than it can be: more than {most:,} bytes")
+            raise UsageError(field, str(path), f"larger than it can be: more than {most:,} bytes")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError("model", str(folder), f"there is no {name} in it; name a folder of a saved model") from None
+        raise UsageError(field, str(folder), f"there is no {name} in it; name the folder that has it") from None
     except (ValueError, RecursionError, OSError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError("model", str(path), f"not readable as JSON ({type(error).__name__})") from None
+        raise UsageError(field, str(path), f"not readable as JSON ({type(error).__name__})") from None
     if not isinstance(content, dict):
-        raise UsageError("model", str(path), "not a list of settings with names")
+        raise UsageError(field, str(path), "not a list of settings with names")
     return content
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.modules import Modules
-from nemo_tiedlora.model.targets import TARGETS
+from nemo_tiedlora.model.targets import TARGETS, places
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -61,7 +61,7 @@ def pairs(lora: PlainLora, modules: Modules) -> Iterator[tuple[str, int, Pair]]:
     """What the adapter does to each linear layer that it changes, by the layer's name and number."""
     for layer in progress(lora.layers(), "exporting", len(lora.layers())):
         for module in modules.linear:
-            pair = lora.pair(TARGETS[module.parts[0]].path, layer, lora.places(module.parts))
+            pair = lora.pair(TARGETS[module.parts[0]].path, layer, places(module.parts, lora.adapter.shape))
             if pair:
                 yield module.name, layer, pair
 

@@ -14,7 +14,7 @@ import torch
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.modules import Module, Modules
 from nemo_tiedlora.huggingface.peft_lora import PREFIX, common, save
-from nemo_tiedlora.model.targets import TARGETS, expand
+from nemo_tiedlora.model.targets import TARGETS, expand, order, places
 from nemo_tiedlora.variants import TiedConfig
 
 if TYPE_CHECKING:
@@ -32,16 +32,15 @@ def write(lora: PlainLora, modules: Modules, folder: Path, dtype: dtype, base_na
         UsageError: PEFT's VeRA cannot be this adapter, and why.
     """
     module, target = _module(lora, modules)
-    places, own = lora.places(module.parts), lora.places((target,))
-    order = torch.full((int(own.max()) + 1,), -1).scatter(0, own, torch.arange(len(own)))[places]
+    rows = order(module.parts, (target,), lora.adapter.shape)
     tensors: dict[str, Tensor] = {}
     for site in lora.adapter.sites:
         specs = lora.adapter.variant.tensors(site)
         parts = {name: lora.changes.tensors[spec.key] for name, spec in specs.items()}
-        tensors |= {"base_model.vera_A": parts["A"], "base_model.vera_B": parts["B"][order]}
+        tensors |= {"base_model.vera_A": parts["A"], "base_model.vera_B": parts["B"][rows]}
         place = f"{PREFIX}{modules.layers}.{site.layer}.{module.name}"
         tensors[f"{place}.vera_lambda_d"] = parts["u"]
-        tensors[f"{place}.vera_lambda_b"] = lora.scale * parts["v"][order]
+        tensors[f"{place}.vera_lambda_b"] = lora.scale * parts["v"][rows]
     config = {
         **common("VERA", lora, modules, [module.name], base_name),
         "r": lora.adapter.variant.rank,
@@ -63,7 +62,7 @@ def _module(lora: PlainLora, modules: Modules) -> tuple[Module, str]:
     for module in modules.linear:
         same_path = TARGETS[module.parts[0]].path == TARGETS[targets[0]].path
         if len(targets) == 1 and same_path:
-            found, wanted = lora.places(module.parts), lora.places((targets[0],))
+            found, wanted = places(module.parts, lora.adapter.shape), places((targets[0],), lora.adapter.shape)
             if torch.equal(found.sort().values, wanted.sort().values):
                 return module, targets[0]
     alone = ", ".join(module.parts[0] for module in modules.linear if len(module.parts) == 1)

@@ -125,3 +125,21 @@ def rows(target: str, model: DictConfig, ranks: int = 1):
     per_group = heads // groups
     fused = torch.arange((heads + 2 * groups) * head_dim // ranks).view(groups // ranks, per_group + 2, head_dim)
     return {"q": fused[:, :per_group], "k": fused[:, per_group], "v": fused[:, per_group + 1]}[part].reshape(-1)
+
+
+def places(targets: tuple[str, ...], model: DictConfig):
+    """The rows of the whole W that targets inside one projection address, one below the other, as indices (rows,)."""
+    import torch
+
+    found = [(target, rows(target, model)) for target in targets]
+    return torch.cat([torch.arange(shape(target, model)[1]) if own is None else own for target, own in found])
+
+
+def order(wanted: tuple[str, ...], given: tuple[str, ...], model: DictConfig):
+    """The rows that ``wanted`` addresses as indices into those of ``given``, where both address the same rows."""
+    return places(given, model).argsort()[places(wanted, model).argsort().argsort()]
+
+
+def whole(path: str) -> str:
+    """The target that is all of the linear layer at a path below a transformer layer."""
+    return next(target for target, where in TARGETS.items() if where.path == path and where.part is None)

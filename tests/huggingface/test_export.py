@@ -2,18 +2,13 @@
 
 import pytest
 import random_adapters
-import saved_models
-import toy
 import torch
-import transformers
+import twins
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from nemo_tiedlora.checkpoint import legacy
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.huggingface.export import export
-from nemo_tiedlora.huggingface.taken_over import take_over
-from nemo_tiedlora.job.generate import generator
 
 #: Name → the model, the scheme and its settings: each method, each target and each special case once.
 CASES = {
@@ -30,51 +25,19 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """``bases(name)`` → the folder and the base of a small random model, made once."""
-    made = {}
-
-    def base(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp("model")
-            saved_models.save(folder / "saved", name)
-            take_over(folder / "saved", folder / "base.nemo")
-            made[name] = folder / "saved", folder / "base.nemo"
-        return made[name]
-
-    return base
-
-
-IDS = torch.randint(saved_models.TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
-
-
-def nemo_logits(base, adapter):
-    with toy.clean_megatron(), generator(base, adapter) as loaded, torch.no_grad():
-        return loaded.model.model(IDS.cuda(), torch.arange(40).expand_as(IDS).cuda(), None).cpu()
-
-
-def out(adapter, base, form, path, dtype="float32", force=False):
-    return export(adapter, base, form, path, dtype, None, force)
-
-
-def loaded(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_peft_computes_what_nemo_does(name, bases, tmp_path):
     model, scheme, settings = CASES[name]
     saved, base = bases(model)
     random_adapters.adapter_for(base, tmp_path / "adapter", scheme, **settings)
-    facts = out(tmp_path / "adapter", base, "peft-lora", tmp_path / "peft")
-    plain = loaded(saved)(IDS).logits
-    expected = nemo_logits(base, tmp_path / "adapter")
+    facts = twins.exported(tmp_path / "adapter", base, "peft-lora", tmp_path / "peft")
+    plain = twins.logits(saved)
+    expected = twins.nemo_logits(base, tmp_path / "adapter")
     assert (expected - plain).abs().max() > 0.5
-    adapted = PeftModel.from_pretrained(loaded(saved), tmp_path / "peft").eval()
-    torch.testing.assert_close(adapted(IDS).logits, expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    adapted = PeftModel.from_pretrained(twins.transformers_model(saved), tmp_path / "peft").eval()
+    torch.testing.assert_close(adapted(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(adapted.merge_and_unload()(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert facts["parameters"] == sum(tensor.numel() for tensor in tensors.values())
     assert facts["bytes"] == sum(file.stat().st_size for file in (tmp_path / "peft").iterdir())
@@ -86,11 +49,11 @@ def test_peft_computes_what_nemo_does(name, bases, tmp_path):
 def test_vera_stays_vera_where_peft_has_words_for_it(target, bases, tmp_path):
     saved, base = bases("llama")
     random_adapters.adapter_for(base, tmp_path / "adapter", "vera", target_modules=[target], alpha=3.0)
-    facts = out(tmp_path / "adapter", base, "peft-vera", tmp_path / "peft")
-    adapted = PeftModel.from_pretrained(loaded(saved), tmp_path / "peft").eval()
-    expected = nemo_logits(base, tmp_path / "adapter")
-    assert (expected - loaded(saved)(IDS).logits).abs().max() > 0.5
-    torch.testing.assert_close(adapted(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    facts = twins.exported(tmp_path / "adapter", base, "peft-vera", tmp_path / "peft")
+    adapted = PeftModel.from_pretrained(twins.transformers_model(saved), tmp_path / "peft").eval()
+    expected = twins.nemo_logits(base, tmp_path / "adapter")
+    assert (expected - twins.logits(saved)).abs().max() > 0.5
+    torch.testing.assert_close(adapted(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
     rows, columns = {"attention_v": (16, 48), "mlp_fc2": (48, 80)}[target]
     assert facts["parameters"] == 4 * (rows + columns) + 3 * (4 + rows)
 
@@ -108,7 +71,7 @@ def test_what_is_no_vera_of_peft_is_refused(scheme, settings, said, bases, tmp_p
     _, base = bases("llama")
     random_adapters.adapter_for(base, tmp_path / "adapter", scheme, **settings)
     with pytest.raises(UsageError, match=said):
-        out(tmp_path / "adapter", base, "peft-vera", tmp_path / "peft")
+        twins.exported(tmp_path / "adapter", base, "peft-vera", tmp_path / "peft")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -122,9 +85,9 @@ def test_what_is_no_vera_of_peft_is_refused(scheme, settings, said, bases, tmp_p
 def test_stock_nemo_computes_the_same_with_its_own_lora(scheme, settings, bases, tmp_path):
     _, base = bases("qwen2")
     random_adapters.adapter_for(base, tmp_path / "adapter", scheme, deviation=0.1, **settings)
-    facts = out(tmp_path / "adapter", base, "nemo-lora", tmp_path / "lora.nemo")
-    stock = nemo_logits(base, tmp_path / "lora.nemo")
-    torch.testing.assert_close(stock, nemo_logits(base, tmp_path / "adapter"), atol=1e-4, rtol=1e-4)
+    facts = twins.exported(tmp_path / "adapter", base, "nemo-lora", tmp_path / "lora.nemo")
+    stock = twins.nemo_logits(base, tmp_path / "lora.nemo")
+    torch.testing.assert_close(stock, twins.nemo_logits(base, tmp_path / "adapter"), atol=1e-4, rtol=1e-4)
     back = legacy.convert(tmp_path / "lora.nemo")
     assert back.settings["rank"] == facts["rank"] == (8 if scheme == "cond_lora" else 4)
     assert sum(tensor.numel() for tensor in back.tensors.values()) == facts["parameters"]
@@ -134,8 +97,8 @@ def test_llama_cpp_gets_its_own_names_and_order_of_rows(bases, tmp_path):
     gguf = pytest.importorskip("gguf")
     saved, base = bases("llama")
     random_adapters.adapter_for(base, tmp_path / "adapter", "tied_lora", target_modules=["all"], alpha=8.0)
-    out(tmp_path / "adapter", base, "gguf-lora", tmp_path / "lora.gguf")
-    out(tmp_path / "adapter", base, "peft-lora", tmp_path / "peft")
+    twins.exported(tmp_path / "adapter", base, "gguf-lora", tmp_path / "lora.gguf")
+    twins.exported(tmp_path / "adapter", base, "peft-lora", tmp_path / "peft")
     read = gguf.GGUFReader(tmp_path / "lora.gguf")
     said = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
     assert {name: read.get_field(name).contents() for name in said} == said
@@ -161,15 +124,15 @@ def test_llama_cpp_gets_its_own_names_and_order_of_rows(bases, tmp_path):
 def test_smaller_types_and_what_does_not_fit_them(bases, tmp_path):
     _, base = bases("llama")
     random_adapters.adapter_for(base, tmp_path / "adapter", "tied_lora", target_modules=["all"])
-    whole = out(tmp_path / "adapter", base, "peft-lora", tmp_path / "whole")
-    half = out(tmp_path / "adapter", base, "peft-lora", tmp_path / "half", "bfloat16")
+    whole = twins.exported(tmp_path / "adapter", base, "peft-lora", tmp_path / "whole")
+    half = twins.exported(tmp_path / "adapter", base, "peft-lora", tmp_path / "half", "bfloat16")
     assert half["bytes"] < 0.6 * whole["bytes"] and whole["bytes"] > whole["adapter_bytes"]
     tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "half")]
     for name, tensor in tensors[0].items():
         assert torch.equal(tensors[1][name], tensor.bfloat16())
     random_adapters.adapter_for(base, tmp_path / "large", "tied_lora", deviation=1e4)
     with pytest.raises(UsageError, match="too large for it"):
-        out(tmp_path / "large", base, "peft-lora", tmp_path / "peft", "float16")
+        twins.exported(tmp_path / "large", base, "peft-lora", tmp_path / "peft", "float16")
     assert not (tmp_path / "peft").exists()
 
 
@@ -187,7 +150,7 @@ def test_another_base_needs_force_and_nothing_is_replaced(bases, tmp_path):
         ("dora", base, "nemo-lora", "new.nemo", "merge the adapter"),
     ]:
         with pytest.raises(UsageError, match=said):
-            out(tmp_path / adapter, against, form, tmp_path / path)
+            twins.exported(tmp_path / adapter, against, form, tmp_path / path)
         assert not list(tmp_path.glob("*new*"))
-    facts = out(tmp_path / "foreign", base, "peft-lora", tmp_path / "new", force=True)
+    facts = twins.exported(tmp_path / "foreign", base, "peft-lora", tmp_path / "new", force=True)
     assert facts["base_checksum"] == "differs"
