@@ -6,7 +6,10 @@ STAMP  := $(VENV)/.installed
 # Without bytecode every process compiles NeMo anew, which takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-thorough lint clean
+# vLLM's environment.
+SERVING := .venv-serving
+
+.PHONY: setup demo test test-thorough test-serving lint clean
 
 setup: $(STAMP)
 
@@ -25,14 +28,25 @@ demo: setup
 	$(PY) examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
 
 # Tests read and write UTF-8.
-test test-thorough: export LC_ALL = C.UTF-8
+test test-thorough test-serving: export LC_ALL = C.UTF-8
 
 test: setup lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough"
 
-# Half an hour: all layouts with all methods, hundreds of kills.
-test-thorough: setup lint
+# An hour: all layouts with all methods, hundreds of kills, adapters served by vLLM.
+test-thorough: setup lint test-serving
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-serving: setup $(SERVING)/.installed
+	SERVING_PYTHON=$(SERVING)/bin/python SERVING_RESULTS=docs/serving.json $(PY) -m pytest -v tests/serving
+
+# What is uninstalled was built for another torch: with it vLLM cannot import Llama.
+$(SERVING)/.installed: tests/serving/requirements.txt
+	@echo "setting up $(SERVING): 3.5 GB"
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check -r tests/serving/requirements.txt
+	@$(SERVING)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -40,4 +54,4 @@ lint: setup
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SERVING) build *.egg-info

@@ -1,5 +1,6 @@
 """What the docs and the package's papers say of other files: names, links, versions."""
 
+import json
 import re
 import sys
 import tomllib
@@ -55,6 +56,20 @@ def test_every_method_names_its_paper_and_the_citation_has_it():
         assert re.search(r"\(.*\b(arXiv:\d{4}\.\d{5}|no arXiv id)\b", first), first
         for number in re.findall(r"arXiv:\d{4}\.\d{5}", first):
             assert number in cited
+
+
+def test_the_table_of_what_was_served_is_that_of_its_results():
+    results = json.loads((ROOT / "docs" / "serving.json").read_text(encoding="utf-8"))
+    rows = [
+        f"| {name} | {run['date']} | {run['vllm']} | {run['requests']} | {run['equal_tokens']} of {run['tokens']} |"
+        for name, run in results["runs"].items()
+    ]
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert (
+        rows
+        and "\n".join(["| base, way | date | vLLM | requests | tokens equal |", "|---|---|---|---|---|", *rows, ""])
+        in page
+    )
 
 
 def test_the_glossary_says_every_word_once():
