@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import MOST_LAYERS, MOST_SIZE
 from nemo_tiedlora.model.sizes import sites
-from nemo_tiedlora.model.targets import SHAPE_FIELDS, TARGETS, expand
+from nemo_tiedlora.model.targets import OPTIONAL_FIELDS, SHAPE_FIELDS, TARGETS, expand
 from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.frozen import check
 
@@ -207,7 +207,7 @@ def _said(values: dict[str, Any]) -> dict[str, Any]:
 def _check_shape(shape: dict[str, Any]) -> None:
     for name in SHAPE_FIELDS:
         size = shape.get(name)
-        if size is None and name in ("num_query_groups", "kv_channels"):
+        if size is None and name in OPTIONAL_FIELDS:
             continue
         if type(size) is not int or not 1 <= size <= (MOST_LAYERS if name == "num_layers" else MOST_SIZE):
             raise UsageError(f"base.{name}", size, "not a size that a model can have")

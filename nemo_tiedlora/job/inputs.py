@@ -12,6 +12,7 @@ from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.job.calibrate import Calibration, read_texts
 from nemo_tiedlora.model.sizes import check_fit
+from nemo_tiedlora.model.targets import check_experts
 from nemo_tiedlora.nemo.rows import check_data
 from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, VariantConfig
 
@@ -24,6 +25,8 @@ STOCK_SCHEMES = {
     "ptuning": "p_tuning",
     "none": None,
 }
+#: Those of them that change an MLP, which a base of experts does not have.
+IN_THE_MLP = ("parallel_adapter", "ia3")
 
 
 def check(cfg: DictConfig, base: DictConfig, method: VariantConfig | None) -> None:
@@ -41,6 +44,8 @@ def check(cfg: DictConfig, base: DictConfig, method: VariantConfig | None) -> No
     if method:
         with under(scheme):
             check_method(method, base)
+    elif base.get("num_moe_experts"):
+        _check_stock_on_experts(scheme, cfg.model.peft, base)
     if cfg.model.peft.restore_from_path:
         check_adapter(cfg.model.peft.restore_from_path, base, "model.peft.restore_from_path", scheme)
     check_layout(cfg.model, base)
@@ -52,6 +57,15 @@ def check_scheme(scheme: str) -> None:
     if scheme not in METHODS and scheme not in STOCK_SCHEMES:
         way_out = f"{closest(scheme, (*METHODS, *STOCK_SCHEMES))}; {OF_YOUR_OWN}"
         raise UsageError("model.peft.peft_scheme", scheme, way_out)
+
+
+def _check_stock_on_experts(scheme: str, peft: DictConfig, base: DictConfig) -> None:
+    """Refuse what a scheme of NeMo's cannot do on a base of experts: it would fail in the middle of NeMo."""
+    if scheme in IN_THE_MLP:
+        way_out = f"the base has {base.num_moe_experts} experts (num_moe_experts) instead of the MLP it changes"
+        raise UsageError("model.peft.peft_scheme", scheme, f"{way_out}; use lora, adapter or a scheme of ours")
+    with under("lora"):  # the other schemes' sizes are compared with it
+        check_experts(list((peft.get("lora_tuning") or {}).get("target_modules") or []), base)
 
 
 def check_layout(model: DictConfig, base: DictConfig) -> None:
@@ -69,6 +83,12 @@ def check_layout(model: DictConfig, base: DictConfig) -> None:
         if base.get(name) and base[name] % tensor:
             way_out = f"does not divide the base's {name}, {base[name]}"
             raise UsageError("model.tensor_model_parallel_size", tensor, way_out)
+    spread = model.get("expert_model_parallel_size") or 1
+    if spread > 1:
+        raise UsageError("model.expert_model_parallel_size", spread, "experts stay on one rank here; set it to 1")
+    if base.get("num_moe_experts") and tensor > 1 and not model.get("sequence_parallel"):
+        way_out = f"Megatron trains a base of experts on {tensor} tensor-parallel ranks only with it; set it to true"
+        raise UsageError("model.sequence_parallel", False, way_out)
     if base.num_layers % pipeline:
         way_out = f"does not divide the base's {base.num_layers} layers"
         raise UsageError("model.pipeline_model_parallel_size", pipeline, way_out)

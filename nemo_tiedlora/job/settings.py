@@ -82,6 +82,7 @@ SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model.tensor_model_parallel_size": COUNT,
     "model.pipeline_model_parallel_size": COUNT,
     "model.context_parallel_size?": COUNT,
+    "model.expert_model_parallel_size?": COUNT,
     "model.sequence_parallel": SWITCH,
     "model.answer_only_loss": SWITCH,
     "model.megatron_amp_O2": SWITCH,

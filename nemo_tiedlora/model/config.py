@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.archive import Files, opened
-from nemo_tiedlora.model.targets import SHAPE_FIELDS, is_gated
+from nemo_tiedlora.model.targets import OPTIONAL_FIELDS, SHAPE_FIELDS, is_gated
 
 MODEL_CONFIG = "model_config.yaml"
 #: More than any config has.
@@ -151,7 +151,7 @@ def check(config: DictConfig) -> None:
 def check_base_config(config: DictConfig) -> None:
     """Raise ``UsageError`` unless ``config`` has the sizes of a whole model."""
     for name in SHAPE_FIELDS:
-        if config.get(name) is None and name not in ("num_query_groups", "kv_channels"):
+        if config.get(name) is None and name not in OPTIONAL_FIELDS:
             raise UsageError(name, None, "not a model's config without it")
     if config.num_attention_heads % (config.get("num_query_groups") or 1):
         raise UsageError("num_query_groups", config.num_query_groups, "does not divide the attention heads")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from nemo_tiedlora.model.targets import expand, shape
+from nemo_tiedlora.model.targets import check_experts, expand, shape
 from nemo_tiedlora.variants import Site, TiedConfig, Variant, VariantConfig, build, count
 
 BYTES_PER_PARAMETER = 4
@@ -34,9 +34,14 @@ class Sizes:
 
 
 def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
-    """The layers that ``config`` adapts in a model of this NeMo config."""
-    layers = config.adapted_layers(model.num_layers)
-    return [Site(target, layer, *shape(target, model)) for target in expand(config.target_modules) for layer in layers]
+    """The layers that ``config`` adapts in a model of this NeMo config.
+
+    Raises:
+        UsageError: targets that the model does not have.
+    """
+    targets, layers = expand(config.target_modules), config.adapted_layers(model.num_layers)
+    check_experts(config.target_modules, model)
+    return [Site(target, layer, *shape(target, model)) for target in targets for layer in layers]
 
 
 def check_fit(config: VariantConfig, model: DictConfig) -> Variant:

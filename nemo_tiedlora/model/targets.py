@@ -33,7 +33,7 @@ TARGETS = {
     "mlp_up": Target("mlp.linear_fc1", "column", "up"),
     "mlp_fc2": Target("mlp.linear_fc2", "row"),
 }
-#: The fields of a NeMo GPT's model config that decide the shapes of its linear layers.
+#: The fields of a NeMo GPT's model config that decide which linear layers it has, and of what shapes.
 SHAPE_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -41,7 +41,10 @@ SHAPE_FIELDS = (
     "num_attention_heads",
     "num_query_groups",
     "kv_channels",
+    "num_moe_experts",
 )
+#: Those of them that may be null.
+OPTIONAL_FIELDS = ("num_query_groups", "kv_channels", "num_moe_experts")
 
 #: Names for several targets, or another name for one.
 NAMES = {
@@ -70,6 +73,22 @@ def expand(names: list[str]) -> list[str]:
         if TARGETS[target].part and TARGETS[target].path in whole:
             raise UsageError("target_modules", target, "is inside a fused projection that is a target too; name one")
     return targets
+
+
+def check_experts(names: list[str], model: DictConfig) -> None:
+    """Raise ``UsageError`` for a name that stands for an MLP, of a model that has experts instead.
+
+    Experts' layers see other tokens in every step, and are sharded and stored in other ways than all others: no method
+    here works inside them.
+    """
+    experts = model.get("num_moe_experts")
+    for name in names if experts else ():
+        if any(TARGETS[target].path.startswith("mlp.") for target in expand([name])):
+            way_out = (
+                f"the base has {experts} experts (num_moe_experts) instead of an MLP, and adapters go on its attention "
+                "only: attention, attention_qkv, attention_q, attention_k, attention_v, attention_dense"
+            )
+            raise UsageError("target_modules", name, way_out)
 
 
 def is_gated(model: DictConfig) -> bool:

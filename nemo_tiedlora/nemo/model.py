@@ -77,6 +77,7 @@ def _restored(cfg: DictConfig, base_path: str, trainer: Trainer) -> tuple[DictCo
         merged = MegatronGPTSFTModel.merge_cfg_with(base_path, cfg)
         with open_dict(merged):
             merged.use_cpu_initialization = trainer.strategy.root_device.type == "cpu"
+            merged.expert_model_parallel_size = cfg.model.get("expert_model_parallel_size") or 1  # not the base's own
         return merged, MegatronGPTSFTModel.restore_from(base_path, merged, trainer=trainer)
     except (torch.OutOfMemoryError, OSError):
         raise

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.sizes import sites
-from nemo_tiedlora.model.targets import TARGETS, blocks, expand, rows, shape
+from nemo_tiedlora.model.targets import TARGETS, blocks, check_experts, expand, rows, shape
 from nemo_tiedlora.nemo.adaptations import Adaptation, Adaptations
 from nemo_tiedlora.nemo.adapter import FactorAdapter, adapter_config
 from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
@@ -28,7 +28,8 @@ class FactorPEFTConfig(PEFTConfig):
         stored: keys of tensors that will be loaded from an adapter's file.
 
     Raises:
-        UsageError: a setting that the scheme refuses, or a layout that it does not support.
+        UsageError: a setting that the scheme refuses, targets that the model does not have, or a layout that the scheme
+            does not support.
     """
 
     def __init__(self, scheme: str, cfg: DictConfig, config: VariantConfig | None = None, stored: Collection[str] = ()):
@@ -37,6 +38,7 @@ class FactorPEFTConfig(PEFTConfig):
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
         self.config = config or config_for(scheme, self.settings)
         self.targets = expand(self.config.target_modules)
+        check_experts(self.config.target_modules, cfg)
         self.variant = build(self.config, cfg.num_layers)
         _check_optimizer(cfg, self.variant)
         mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL

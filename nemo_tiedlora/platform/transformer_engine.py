@@ -55,6 +55,17 @@ def local_layers_process_groups(restore: Restore) -> None:
 
 
 @patch(needed=no_transformer_engine)
+def expert_router(restore: Restore) -> None:
+    """The router of a model of experts asks whether Transformer Engine's product is None: a NameError without it.
+
+    None is the answer for "there is none": it multiplies with torch.
+    """
+    from megatron.core.transformer.moe import moe_utils
+
+    restore.set(moe_utils, "te_general_gemm", None)
+
+
+@patch(needed=no_transformer_engine)
 def sequence_parallel_adapters(restore: Restore) -> None:
     """Adapters under sequence parallelism ask for Transformer Engine's version, which is an error without it.
 

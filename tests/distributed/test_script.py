@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import bases
 import forked
 import pytest
 import toy
@@ -39,17 +40,20 @@ CASES = [
     for base in BASES
     for sizes in SIZES
     if layout != "one process"
-]
+] + [pytest.param(layout, "experts", "accumulating", marks=pytest.mark.thorough) for layout in ("PP2", "DP2", "TP2 SP")]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A Llama-like base, and rows that fill no batch."""
+    """A Llama-like base and one of experts, and rows that fill no batch."""
     folder = tmp_path_factory.mktemp("files")
     with platform.host(), toy.clean_megatron():
-        base = toy.save_base(toy.llama_config(toy.tokenizer(folder)), folder / "llama.nemo")
+        tokenizer = toy.tokenizer(folder)
+        base = toy.save_base(toy.llama_config(tokenizer), folder / "llama.nemo")
+        experts = bases.save("experts", tokenizer, folder)
     return {
         "Llama-like": base,
+        "experts": experts,
         "train": toy.sums(folder / "train.jsonl", 150),
         "validation": toy.sums(folder / "validation.jsonl", 5, seed=1),
     }

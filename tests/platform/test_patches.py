@@ -131,6 +131,15 @@ def cuda_seed(world, **_):
 
 
 @probe
+def expert_router(**_):
+    from megatron.core.transformer.moe.moe_utils import router_gating_linear
+
+    x, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    router_gating_linear(x, weight, torch.float32).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
+
+
+@probe
 def cuda_accelerator(**_):
     from lightning.pytorch import Trainer
 
