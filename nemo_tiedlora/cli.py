@@ -348,7 +348,8 @@ def import_hf(
     as_json: AsJson = False,
 ) -> None:
     """Take a Hugging Face model over as a base: Llama 1 to 3.x, SmolLM 1 and 2, Mistral without a sliding window,
-    Qwen2, Qwen2.5, Qwen3. Any other, and any setting that would compute something else, is refused by name."""
+    Qwen2, Qwen2.5, Qwen3, Gemma 1, GPT-2. Any other, and any setting that would compute something else, is refused by
+    name."""
     from nemo_tiedlora.files import check_output
     from nemo_tiedlora.huggingface.taken_over import take_over
 

@@ -10,10 +10,31 @@ from typing import Any
 
 from nemo_tiedlora.embedded.base import MODEL, TARGET
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.huggingface.modules import LLAMA, Modules
+from nemo_tiedlora.huggingface.modules import GPT2, LLAMA, Modules
 from nemo_tiedlora.model.config import MOST_BYTES, MOST_LAYERS, MOST_SIZE
 
 CONFIG = "config.json"
+
+
+#: Fields that are read here, of all families, of those with rotary positions, and of GPT-2.
+_ALL = {"architectures", "model_type", "vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id"}
+_ROTARY = {
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
+    "use_sliding_window", "layer_types",
+}  # fmt: skip
+_LEARNED = {"n_layer", "n_embd", "n_inner", "n_head", "n_positions", "layer_norm_epsilon", "activation_function"}
+#: Fields that may be there with these values: with another the model is one that these layers do not compute.
+_SILU: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "partial_rotary_factor": (1, 1.0)}
+TANH = "gelu_pytorch_tanh"
+_TANH = {"hidden_act": (TANH,), "hidden_activation": (TANH,), "partial_rotary_factor": (1, 1.0)}
+_PLAIN_ATTENTION = {
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+}
+#: What GPT-2's feed-forward layers compute, and whether NeMo's ``gelu`` is the one with tanh.
+ACTIVATIONS = {"gelu_new": True, TANH: True, "gelu": False}
 
 
 @dataclass(frozen=True)
@@ -23,17 +44,17 @@ class Family:
     Args:
         models: what people call them.
         kind: their ``model_type``.
-        qkv_bias: whether the q, k and v projections have a bias.
-        qk_norm: whether every head's queries and keys are normalised.
+        nemo: what NeMo's config says of all of them, besides what it says of every Llama.
         defaults: what transformers takes where the config says nothing, and other families do not.
-        modules: its linear layers.
+        only: fields that may be there with one of these values.
+        modules: what they call their modules.
     """
 
     models: str
     kind: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    nemo: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    only: dict[str, tuple[Any, ...]] = field(default_factory=lambda: _SILU)
     modules: Modules = LLAMA
 
 
@@ -43,20 +64,31 @@ FAMILIES = {
     "MistralForCausalLM": Family(
         "Mistral without a sliding window", "mistral", defaults={"num_key_value_heads": 8, "sliding_window": 4096}
     ),
-    "Qwen2ForCausalLM": Family("Qwen2, Qwen2.5", "qwen2", qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "Qwen2ForCausalLM": Family(
+        "Qwen2, Qwen2.5", "qwen2", nemo={"qkv_bias": True}, defaults={"num_key_value_heads": 32}
+    ),
     "Qwen3ForCausalLM": Family(
-        "Qwen3", "qwen3", qk_norm=True, defaults={"num_key_value_heads": 32, "head_dim": 128}
+        "Qwen3", "qwen3", nemo={"qk_layernorm": True}, defaults={"num_key_value_heads": 32, "head_dim": 128}
+    ),
+    "GemmaForCausalLM": Family(
+        "Gemma 1", "gemma",
+        # Both keep a norm's weight minus one.
+        nemo={"layernorm_zero_centered_gamma": True, "apply_embedding_scaling": True, "activation": "fast-geglu",
+              "openai_gelu": True},
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+        only=_TANH,
+    ),
+    "GPT2LMHeadModel": Family(
+        "GPT-2", "gpt2",
+        nemo={"normalization": "layernorm", "bias": True, "position_embedding_type": "learned_absolute",
+              "activation": "gelu"},
+        defaults={"tie_word_embeddings": True},
+        only=_PLAIN_ATTENTION,
+        modules=GPT2,
     ),
 }  # fmt: skip
 SUPPORTED = "; ".join(f"{family.models} ({name})" for name, family in FAMILIES.items())
 
-#: Fields that are read here.
-_READ = {
-    "architectures", "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "vocab_size", "rms_norm_eps", "rope_theta",
-    "rope_scaling", "rope_parameters", "tie_word_embeddings", "sliding_window", "layer_types", "bos_token_id",
-    "eos_token_id",
-}  # fmt: skip
 #: Fields that decide nothing about what a model computes from a text: how it was made and kept, how it is trained from
 #: its first weights on, how text is drawn from it.
 _OTHER = {
@@ -70,13 +102,9 @@ _OTHER = {
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "chunk_size_feed_forward",
     "output_scores", "return_dict_in_generate", "remove_invalid_values", "suppress_tokens", "begin_suppress_tokens",
     "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "sep_token_id",
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels",
 }  # fmt: skip
-#: Fields that may be there with one value: with another the model is one that these layers do not compute.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "partial_rotary_factor": (1, 1.0),
-    "tie_encoder_decoder": (False,),
-}
 
 
 def read_config(folder: Path, name: str = CONFIG, most: int = MOST_BYTES, field: str = "model") -> dict[str, Any]:
@@ -128,9 +156,26 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
     """
     family = family_of(config)
     given = {name: value for name, value in config.items() if value is not None}
-    _check_known(given)
+    _check_known(family, given)
     _check_windows(family, config, given)
     values = family.defaults | given
+    tied = values.get("tie_word_embeddings", False)
+    if type(tied) is not bool:
+        raise UsageError("tie_word_embeddings", tied, f"in {CONFIG}; must be true or false")
+    own = _learned(values) if family.modules.positions else _rotary(values)
+    length = own["encoder_seq_length"]
+    return {
+        **MODEL,
+        **family.nemo,
+        **own,
+        "max_position_embeddings": length,
+        "share_embeddings_and_output_weights": tied,
+        "data": {**MODEL["data"], "seq_length": length},
+        "target": TARGET,
+    }
+
+
+def _rotary(values: dict[str, Any]) -> dict[str, Any]:
     size = _sizes(values)
     heads, hidden = size("num_attention_heads", MOST_SIZE), size("hidden_size", MOST_SIZE)
     groups = size("num_key_value_heads", MOST_SIZE, heads)
@@ -141,37 +186,51 @@ def model_config(config: dict[str, Any]) -> dict[str, Any]:
     head = size("head_dim", MOST_SIZE, hidden // heads)
     if head % 2:
         raise UsageError("head_dim", head, f"in {CONFIG}; rotary positions need an even one")
-    length = size("max_position_embeddings", MOST_SIZE)
-    tied = values.get("tie_word_embeddings", False)
-    if type(tied) is not bool:
-        raise UsageError("tie_word_embeddings", tied, f"in {CONFIG}; must be true or false")
-    qk_norm = {"qk_layernorm": True} if family.qk_norm else {}
     return {
-        **MODEL,
         "num_layers": size("num_hidden_layers", MOST_LAYERS),
         "hidden_size": hidden,
         "ffn_hidden_size": size("intermediate_size", MOST_SIZE),
         "num_attention_heads": heads,
         "num_query_groups": groups,
         "kv_channels": head,
-        "encoder_seq_length": length,
-        "max_position_embeddings": length,
+        "encoder_seq_length": size("max_position_embeddings", MOST_SIZE),
         "layernorm_epsilon": _number("rms_norm_eps", values.get("rms_norm_eps", 1e-6)),
-        "qkv_bias": family.qkv_bias,
-        **qk_norm,
         **_positions(values),
-        "share_embeddings_and_output_weights": tied,
-        "data": {**MODEL["data"], "seq_length": length},
-        "target": TARGET,
     }
 
 
-def _check_known(given: dict[str, Any]) -> None:
+def _learned(values: dict[str, Any]) -> dict[str, Any]:
+    size = _sizes(values)
+    heads, hidden = size("n_head", MOST_SIZE), size("n_embd", MOST_SIZE)
+    if hidden % heads:
+        raise UsageError("n_embd", hidden, f"in {CONFIG}; the {heads} attention heads do not divide it")
+    activation = values.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise UsageError("activation_function", activation, f"in {CONFIG}; must be one of {', '.join(ACTIVATIONS)}")
+    return {
+        "num_layers": size("n_layer", MOST_LAYERS),
+        "hidden_size": hidden,
+        "ffn_hidden_size": size("n_inner", MOST_SIZE, 4 * hidden),
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "kv_channels": hidden // heads,
+        "encoder_seq_length": size("n_positions", MOST_SIZE),
+        "layernorm_epsilon": _number("layer_norm_epsilon", values.get("layer_norm_epsilon", 1e-5)),
+        "openai_gelu": ACTIVATIONS[activation],
+    }
+
+
+def _check_known(family: Family, given: dict[str, Any]) -> None:
+    read = _ALL | (_LEARNED if family.modules.positions else _ROTARY)
+    if family.kind == "gemma" and given.get("hidden_act", TANH) != TANH:
+        # Some versions of transformers take hidden_act for what it says, some for the one with tanh whatever it says.
+        way_out = f"versions of transformers compute different things for it; Gemma was trained with {TANH}: write that"
+        raise UsageError("hidden_act", given["hidden_act"], f"in {CONFIG}; {way_out}")
     for name, value in given.items():
-        if name in _ONLY:
-            if value not in _ONLY[name]:
-                raise UsageError(name, value, f"in {CONFIG}; only {_ONLY[name][0]} can be run here")
-        elif value and name not in _READ and name not in _OTHER and name != "use_sliding_window":
+        if name in family.only:
+            if value not in family.only[name]:
+                raise UsageError(name, value, f"in {CONFIG}; only {family.only[name][0]} can be run here")
+        elif value and name not in read and name not in _OTHER:
             way_out = "not known to leave the result as it is; if it does, take it out of the file"
             raise UsageError(name, value, f"in {CONFIG}; {way_out}")
 

@@ -1,4 +1,4 @@
-"""The linear layers of transformers' models, and which of Megatron's rows they are."""
+"""What transformers' models call their modules, and which of Megatron's rows their linear layers are."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ class Module(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """How models of a family call their linear layers.
+    """How models of a family call their modules.
 
     Args:
         layers: the list of transformer layers, such as ``model.layers``.
-        linear: all linear layers in one of them.
-        transposed: whether their weights are (in, out), as those of transformers' Conv1D are.
+        linear: all linear layers in one of them, in Megatron's order.
+        norms: before attention and before the MLP, in one of them. last_norm: the one after all layers.
+        words: the embedding of tokens. positions: that of learned positions, if any.
+        transposed: whether the linear layers' weights are (in, out), as those of transformers' Conv1D are.
     """
 
     layers: str
     linear: tuple[Module, ...]
+    norms: tuple[str, str]
+    last_norm: str
+    words: str
+    positions: str | None = None
     transposed: bool = False
 
 
@@ -42,4 +48,21 @@ LLAMA = Modules(
         Module("mlp.up_proj", ("mlp_up",)),
         Module("mlp.down_proj", ("mlp_fc2",)),
     ),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    last_norm="model.norm",
+    words="model.embed_tokens",
+)
+GPT2 = Modules(
+    "transformer.h",
+    (
+        Module("attn.c_attn", ("attention_q", "attention_k", "attention_v")),
+        Module("attn.c_proj", ("attention_dense",)),
+        Module("mlp.c_fc", ("mlp_fc1",)),
+        Module("mlp.c_proj", ("mlp_fc2",)),
+    ),
+    norms=("ln_1", "ln_2"),
+    last_norm="transformer.ln_f",
+    words="transformer.wte",
+    positions="transformer.wpe",
+    transposed=True,
 )

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
 
 from nemo_tiedlora.console import note, progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import cache_folder, content_of, replacing
 from nemo_tiedlora.huggingface.families import CONFIG, family_of, model_config, read_config
+from nemo_tiedlora.huggingface.parts import Part, fill, parts
+from nemo_tiedlora.huggingface.record import RECORD, recorded
 from nemo_tiedlora.huggingface.weights import DTYPES, Weights
 from nemo_tiedlora.model import tokenizer
 
@@ -28,32 +32,14 @@ if TYPE_CHECKING:
 #: More than any tokenizer has.
 MOST_TOKENIZER = 2**28
 #: Part of the names in the cache: another number where the same folder becomes another base.
-FORM = 1
+FORM = 2
 #: What other versions of transformers saved beside the weights, and every version computes.
-COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+COMPUTED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 
 
 def is_model(path: Path) -> bool:
     """Whether there is a folder with a model's config."""
     return (path / CONFIG).is_file()
-
-
-class Part(NamedTuple):
-    """A tensor of the base and what it is made of.
-
-    Args:
-        name: as in a checkpoint, where layers are stacked. layer: 0-based; None where there are none.
-        sources: the model's tensors.
-        shapes: of the sources.
-        how: ``one``: as it is; ``rows``: filled up to the base's vocabulary; ``stacked``: one below the other;
-            ``grouped``: q, k, v by query group.
-    """
-
-    name: str
-    layer: int | None
-    sources: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    how: str = "one"
 
 
 class Model:
@@ -78,9 +64,11 @@ class Model:
         if type(self.vocabulary) is not int or self.vocabulary < 1:
             raise UsageError("vocab_size", self.vocabulary, f"in {CONFIG}; must be a whole number above 0")
         self.rows = math.ceil(self.vocabulary / vocabulary_divisible_by) * vocabulary_divisible_by
-        self.weights = Weights(folder)
-        self.parts = list(self._parts())
+        self.weights = Weights(folder, self.family.modules.words.partition(".")[0])
+        self.shape = OmegaConf.create(self.config)
+        self.parts = list(parts(self.family.modules, self.shape, self.vocabulary, self.rows))
         self._check_weights()
+        self.config[RECORD] = recorded(folder, config)
         self.tokenizer, self.settings, self.tokens = _tokenizer(folder, config)
         if self.tokens > self.rows:
             way_out = f"in {CONFIG}; the tokenizer has {self.tokens} tokens, for which there would be no weights"
@@ -91,52 +79,14 @@ class Model:
             divisor for divisor in range(spare + 1, self.rows + 1) if self.rows % divisor == 0
         )
 
-    def _parts(self) -> Iterator[Part]:
-        config, family = self.config, self.family
-        hidden, ffn, layers = config["hidden_size"], config["ffn_hidden_size"], config["num_layers"]
-        head = config["kv_channels"]
-        queries, keys = config["num_attention_heads"] * head, config["num_query_groups"] * head
-        words = (self.vocabulary, hidden)
-        yield Part("embedding.word_embeddings.weight", None, ("model.embed_tokens.weight",), (words,), "rows")
-        for layer in range(layers):
-            old, new = f"model.layers.{layer}", "decoder.layers"
-
-            def part(name, *sources, how="one", old=old, new=new, layer=layer):
-                names, shapes = zip(*sources, strict=True)
-                return Part(f"{new}.{name}", layer, tuple(f"{old}.{source}" for source in names), shapes, how)
-
-            qkv = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)]
-            yield part("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight", (hidden,)))
-            yield part(
-                "self_attention.linear_qkv.weight",
-                *((f"self_attn.{name}.weight", (out, hidden)) for name, out in qkv),
-                how="grouped",
-            )
-            if family.qkv_bias:
-                yield part(
-                    "self_attention.linear_qkv.bias",
-                    *((f"self_attn.{name}.bias", (out,)) for name, out in qkv),
-                    how="grouped",
-                )
-            if family.qk_norm:
-                yield part("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight", (head,)))
-                yield part("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight", (head,)))
-            yield part("self_attention.linear_proj.weight", ("self_attn.o_proj.weight", (hidden, queries)))
-            yield part("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight", (hidden,)))
-            gate_up = [(f"mlp.{name}_proj.weight", (ffn, hidden)) for name in ("gate", "up")]
-            yield part("mlp.linear_fc1.weight", *gate_up, how="stacked")
-            yield part("mlp.linear_fc2.weight", ("mlp.down_proj.weight", (hidden, ffn)))
-        yield Part("decoder.final_layernorm.weight", None, ("model.norm.weight",), ((hidden,),))
-        if not config["share_embeddings_and_output_weights"]:
-            yield Part("output_layer.weight", None, ("lm_head.weight",), (words,), "rows")
-
     def _check_weights(self) -> None:
-        found, expected = self.weights.shapes, {}
+        found = self.weights.shapes
+        expected = {source.name: source.shape for part in self.parts for source in part.sources}
         for part in self.parts:
-            expected |= dict(zip(part.sources, part.shapes, strict=True))
-            types = {self.weights.dtypes.get(name) for name in part.sources} - {None}
+            types = {self.weights.dtypes.get(source.name) for source in part.sources} - {None}
             if len(types) > 1:
-                raise self._error(f"{', '.join(part.sources)} are of different types, {', '.join(sorted(types))}")
+                names = ", ".join(source.name for source in part.sources)
+                raise self._error(f"{names} are of different types, {', '.join(sorted(types))}")
         for name, shape in expected.items():
             if name not in found:
                 raise self._error(f"the tensor {name} is missing, which {CONFIG} asks for")
@@ -154,7 +104,7 @@ class Model:
 
     def parameters(self) -> int:
         """How many there are, the vocabulary's added rows not among them."""
-        return sum(math.prod(shape) for part in self.parts for shape in part.shapes)
+        return sum(math.prod(source.shape) for part in self.parts for source in part.sources)
 
     def write(self, out: Path) -> None:
         """Write the base, tensor by tensor, to ``out``, whose place it takes when it is whole.
@@ -187,24 +137,17 @@ class Model:
     def _made(self, part: Part) -> Tensor:
         """One tensor of the base. Its sources come one after another, so that there is one beside it."""
         first, *more = part.sources
-        tensor = self.weights.read(first)
-        if part.how == "one" or (part.how == "rows" and self.rows == len(tensor)):
+        tensor = self.weights.read(first.name)
+        if not more and tensor.shape == part.shape and len(first.targets) < 2 and not first.transposed:
             return tensor
-        if part.how == "rows":
-            made = tensor.new_zeros(self.rows, tensor.shape[1])
-            made[: len(tensor)] = tensor
-            return made
-        heights = [shape[0] for shape in part.shapes]
-        groups = self.config["num_query_groups"] if part.how == "grouped" else 1
-        made = tensor.new_empty(groups, sum(heights) // groups, *tensor.shape[1:])
-        start = 0
-        for name, height in zip(part.sources, heights, strict=True):
-            if name != first:
-                tensor = self.weights.read(name)
-            end = start + height // groups
-            made[:, start:end] = tensor.view(groups, height // groups, *tensor.shape[1:])
-            start = end
-        return made.flatten(0, 1)
+        new = tensor.new_empty if first.targets else tensor.new_zeros
+        made = new(part.shape)
+        fill(made, first, tensor, self.shape)
+        for source in more:
+            del tensor  # else it would be there beside the next
+            tensor = self.weights.read(source.name)
+            fill(made, source, tensor, self.shape)
+        return made
 
 
 def take_over(folder: Path, out: Path, vocabulary_divisible_by: int = 1) -> dict[str, Any]:
@@ -218,7 +161,9 @@ def take_over(folder: Path, out: Path, vocabulary_divisible_by: int = 1) -> dict
         "layers": model.config["num_layers"],
         "hidden": model.config["hidden_size"],
         "context": model.config["encoder_seq_length"],
-        "types": ", ".join(sorted({model.weights.dtypes[name] for part in model.parts for name in part.sources})),
+        "types": ", ".join(
+            sorted({model.weights.dtypes[source.name] for part in model.parts for source in part.sources})
+        ),
         "vocabulary": model.rows,
         "tokens": model.tokens,
     }

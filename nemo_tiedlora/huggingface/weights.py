@@ -50,6 +50,8 @@ class Weights:
 
     Args:
         folder: of the model.
+        inner: what the names of all tensors begin with, but for the last layer's. Where none does, the inner model was
+            saved alone, as GPT-2 was: they get it.
 
     Attributes:
         shapes: of every tensor, by name. dtypes: as safetensors names them.
@@ -58,20 +60,21 @@ class Weights:
         UsageError: a file is missing, damaged or cut off, or a tensor is there twice.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.files = folder, weight_files(folder)
+    def __init__(self, folder: Path, inner: str):
+        self.folder, self.files, self.inner = folder, weight_files(folder), f"{inner}."
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        self._stack, self._of = ExitStack(), {}
+        self._stack = ExitStack()
+        self._of: dict[str, tuple[Any, str]] = {}
         with self as opened:
-            for name, file in opened._of.items():
-                piece = file.get_slice(name)
+            for name, (file, stored) in opened._of.items():
+                piece = file.get_slice(stored)
                 self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
 
     def __enter__(self) -> Weights:
         from safetensors import SafetensorError, safe_open
 
-        self._of: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for path in self.files:
             try:
                 file = self._stack.enter_context(safe_open(path, "pt"))
@@ -80,10 +83,12 @@ class Weights:
                 self._stack.close()
                 raise UsageError("model", str(path), f"damaged or cut off ({error})") from None
             for name in names:
-                if name in self._of:
+                if name in found:
                     self._stack.close()
                     raise UsageError("model", str(path), f"the tensor {name} is in another file too")
-                self._of[name] = file
+                found[name] = file
+        alone = not any(name.startswith(self.inner) for name in found)
+        self._of = {f"{self.inner}{name}" if alone else name: (file, name) for name, file in found.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,7 +101,8 @@ class Weights:
         Raises:
             UsageError: it has NaN or infinity in it.
         """
-        tensor = self._of[name].get_tensor(name)
+        file, stored = self._of[name]
+        tensor = file.get_tensor(stored)
         if not all(end.isfinite() for end in tensor.aminmax()):  # which pass NaN on, and need no second tensor
             raise UsageError("model", str(self.folder), f"the tensor {name} has NaN or infinity in it")
         return tensor

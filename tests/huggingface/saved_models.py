@@ -14,6 +14,10 @@ SIZES = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.2,
 }  # fmt: skip
+GPT2_SIZES = {
+    "vocab_size": 336, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 256, "bos_token_id": 1,
+    "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
@@ -29,6 +33,11 @@ MODELS = {
     "mistral": (transformers.MistralConfig, {"sliding_window": None, "head_dim": 16}),
     "qwen2": (transformers.Qwen2Config, {"rope_theta": 1e6}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
+    "gpt2": (transformers.GPT2Config, {}),
+    "gpt2 with gelu": (
+        transformers.GPT2Config, {"activation_function": "gelu", "n_inner": 80, "tie_word_embeddings": False},
+    ),
 }  # fmt: skip
 
 
@@ -54,15 +63,22 @@ def tokenizer(folder):
     return wrapped
 
 
+def config(name, **changed):
+    """The config of a model of ``MODELS``."""
+    kind, own = MODELS[name]
+    return kind(**(GPT2_SIZES if kind is transformers.GPT2Config else SIZES) | own | changed)
+
+
 def save(folder, name, dtype=torch.float32, shards="5GB", **changed):
     """Save a random model, norms and biases included, and its tokenizer into ``folder``; return the model."""
-    kind, own = MODELS[name]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES | own | changed)).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config(name, **changed)).to(dtype)
+    norms = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+    around_one = () if name == "gemma" else norms  # Gemma keeps them minus one
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.dim() == 1:
-                parameter.copy_(0.3 * torch.randn_like(parameter) + ("norm" in parameter_name))
+                parameter.copy_(0.3 * torch.randn_like(parameter) + parameter_name.endswith(around_one))
     model.save_pretrained(folder, max_shard_size=shards)
     tokenizer(folder)
     return model.eval()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from saved_models import SIZES, TOKENS, save
+from saved_models import GPT2_SIZES, SIZES, TOKENS, save
 from typer.testing import CliRunner
 
 from nemo_tiedlora.cli import app
@@ -18,6 +18,8 @@ from nemo_tiedlora.huggingface.taken_over import Model, take_over
 CONFIG = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+GEMMA = {"architectures": ["GemmaForCausalLM"], "model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}
+GPT2 = GPT2_SIZES | {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -38,7 +40,7 @@ def folder(saved, tmp_path):
 @pytest.mark.parametrize(
     "changed, said",
     [
-        ({"architectures": ["GemmaForCausalLM"]}, r"architectures=\['GemmaForCausalLM'\].*LlamaForCausalLM"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, r"architectures=\['Gemma2ForCausalLM'\].*LlamaForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures=.*taken over: Llama 1 to 3.x"),
         ({"architectures": None}, "architectures=None"),
         ({"model_type": "gemma"}, "model_type='gemma'.* is of type llama"),
@@ -74,6 +76,31 @@ def folder(saved, tmp_path):
 def test_a_config_is_refused_by_its_field(changed, said):
     with pytest.raises(UsageError, match=said):
         model_config(CONFIG | changed)
+
+
+@pytest.mark.parametrize(
+    "config, changed, said",
+    [
+        (CONFIG | GEMMA, {"hidden_act": "gelu"}, "hidden_act='gelu'.*different things for it.*gelu_pytorch_tanh"),
+        (CONFIG | GEMMA, {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}, "hidden_act='gelu'"),
+        (CONFIG | GEMMA, {"hidden_activation": "gelu"}, "hidden_activation='gelu'.*only gelu_pytorch_tanh"),
+        (CONFIG | GEMMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        (CONFIG | GEMMA, {"sliding_window": 64}, "sliding_window=64"),
+        (GPT2, {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+        (GPT2, {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn=True"),
+        (GPT2, {"add_cross_attention": True}, "add_cross_attention=True"),
+        (GPT2, {"activation_function": "relu"}, "activation_function='relu'.*gelu_new"),
+        (GPT2, {"rope_theta": 1e4}, "rope_theta=10000.0.*not known"),
+        (GPT2, {"n_embd": 50}, "n_embd=50.*6 attention heads"),
+        (GPT2, {"n_layer": None}, "n_layer=None"),
+        (GPT2, {"layer_norm_epsilon": 0}, "layer_norm_epsilon=0"),
+    ],
+)
+def test_gemma_and_gpt2_are_refused_by_their_own_fields(config, changed, said):
+    assert model_config(config)
+    with pytest.raises(UsageError, match=said):
+        model_config(config | changed)
 
 
 def test_what_changes_no_result_is_no_reason():
@@ -193,7 +220,7 @@ def test_shards_are_looked_for_where_the_index_says(saved, tmp_path):
 
 
 def test_nothing_of_the_weights_is_read_before_all_of_the_config_fits(folder, monkeypatch):
-    monkeypatch.setattr(taken_over, "Weights", lambda folder: pytest.fail("they are read"))
+    monkeypatch.setattr(taken_over, "Weights", lambda *_: pytest.fail("they are read"))
     _edited(folder, "config.json", lambda config: config.update(attention_bias=True))
     with pytest.raises(UsageError, match="attention_bias"):
         Model(folder)

@@ -10,6 +10,7 @@ import saved_models
 import torch
 import toy
 import transformers
+from safetensors.torch import save_file
 from saved_models import MODELS, TOKENS, save
 
 from nemo_tiedlora.checkpoint.base import open_base
@@ -37,7 +38,7 @@ def greedy(model, tokenizer, prompt, tokens):
 
 
 def test_every_family_is_among_the_models():
-    made = {kind(**saved_models.SIZES | own).model_type for kind, own in MODELS.values()}
+    made = {saved_models.config(name).model_type for name in MODELS}
     assert made == {family.kind for family in FAMILIES.values()}
 
 
@@ -75,6 +76,17 @@ def test_weights_keep_their_type_and_every_bit(tmp_path, dtype):
         q, k, v = (model[f"model.layers.2.self_attn.{name}_proj.weight"] for name in "qkv")
         grouped = [rows for g in range(2) for rows in (q[24 * g :][:24], k[8 * g :][:8], v[8 * g :][:8])]
         assert torch.equal(base.weight("self_attention.linear_qkv", 2), torch.cat(grouped))
+
+
+def test_a_gpt2_that_was_saved_without_its_last_layer_is_the_same_model(tmp_path):
+    model = save(tmp_path / "saved", "gpt2")
+    take_over(tmp_path / "saved", tmp_path / "whole.nemo")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    del tensors["lm_head.weight"]
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 256, 256).tril()  # the mask, which versions of old saved too
+    save_file(tensors, tmp_path / "saved" / "model.safetensors", {"format": "pt"})
+    take_over(tmp_path / "saved", tmp_path / "inner.nemo")
+    assert (tmp_path / "inner.nemo").read_bytes() == (tmp_path / "whole.nemo").read_bytes()
 
 
 def test_the_same_folder_becomes_the_same_file_once(tmp_path, monkeypatch):
