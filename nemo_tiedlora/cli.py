@@ -359,6 +359,21 @@ def import_hf(
     show(take_over(model, out, vocab_divisible_by), as_json)
 
 
+@app.command(name="export-hf")
+def export_hf(
+    base: Annotated[Path, typer.Argument(help="Base model (.nemo).")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a base as a folder that transformers loads, bit by bit the one it was made of; the built-in base and others
+    too, if a Llama, Qwen2, Qwen3, Gemma 1 or GPT-2 computes the same. Any other is refused by what differs."""
+    from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.huggingface.given_back import give_back
+
+    check_output(out.resolve().parent, "out")
+    show(give_back(base, out), as_json)
+
+
 @app.command()
 def table(as_json: AsJson = False) -> None:
     """The parameter columns (P%) of the Tied-LoRA paper's table 2, as Markdown."""

@@ -1,4 +1,4 @@
-"""The linear layers' weights of a base ``.nemo``, one at a time and whole, however the file is sharded; without NeMo.
+"""The tensors of a base ``.nemo``, one at a time and whole, however the file is sharded; without NeMo.
 
 Two kinds of file are read: a distributed checkpoint (``model_weights/`` of the ``torch_dist`` backend), and a single
 ``model_weights.ckpt``. Before anything else, everything in them that NeMo would unpickle is looked at.
@@ -6,13 +6,14 @@ Two kinds of file are read: a distributed checkpoint (``model_weights/`` of the 
 
 import hashlib
 import io
+import math
 import pickle
 import re
 import shutil
 import tarfile
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -36,8 +37,17 @@ from nemo_tiedlora.model.targets import TARGETS, shape
 FOLDER = "model_weights/"
 METADATA = f"{FOLDER}.metadata"
 SINGLE = "model_weights.ckpt"
-#: ``decoder.layers.<layer>.<path>.weight``; a distributed checkpoint may stack layers, and then names none.
-WEIGHT = re.compile(r"(?:model\.)?(?:module\.)?decoder\.layers\.(?:(\d+)\.)?(\w+\.linear_\w+)\.weight")
+#: What a tensor's name in a checkpoint begins with, if it is the model's and not, say, the optimizer's.
+MODEL = re.compile(r"(?:model\.)?(?:module\.)?(?=(?:decoder|embedding|output_layer)\.)|model\.(?:module\.)?")
+#: Tensors of layers, which may be named without their number: then they are stacked.
+LAYERS = "decoder.layers."
+NUMBERED = re.compile(rf"{re.escape(LAYERS)}(\d+)\.")
+WEIGHT = re.compile(rf"{re.escape(LAYERS)}(\w+\.linear_\w+)\.weight")
+#: What megatron-core's own layers call their norms, and under which names a distributed checkpoint has them.
+NORMS = {
+    f"{LAYERS}input_layernorm.": f"{LAYERS}self_attention.linear_qkv.layer_norm_",
+    f"{LAYERS}pre_mlp_layernorm.": f"{LAYERS}mlp.linear_fc1.layer_norm_",
+}
 #: What reading a list of pieces ends in that was made up.
 WRONG = (KeyError, AttributeError, StopIteration, ValueError, TypeError, IndexError)
 
@@ -45,19 +55,60 @@ WRONG = (KeyError, AttributeError, StopIteration, ValueError, TypeError, IndexEr
 Change = Callable[[str, int, Tensor], Tensor]
 
 
+class Place(NamedTuple):
+    """A tensor of the model.
+
+    Args:
+        name: such as ``decoder.layers.mlp.linear_fc2.weight``. layer: 0-based; None where there are none.
+    """
+
+    name: str
+    layer: int | None = None
+
+
+class Saved(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _place(key: str) -> Place | None:
+    """The tensor of the model that is saved under ``key``, if any; without a layer, it may be of several of them."""
+    begin = MODEL.match(key)
+    if not begin or "_extra_state" in key:
+        return None
+    name = key[begin.end() :]
+    numbered = NUMBERED.match(name)
+    if numbered:
+        name = f"{LAYERS}{name[numbered.end() :]}"
+    for local, kept in NORMS.items():
+        if name.startswith(local):
+            name = kept + name.removeprefix(local)
+    return Place(name, int(numbered[1]) if numbered else None)
+
+
 class BaseFile(ABC):
     """An open base.
 
     Attributes:
         config: its ``model_config.yaml``.
+        saved: all of the model's tensors.
     """
+
+    saved: dict[Place, Saved]
 
     def __init__(self, archive: Archive):
         self.archive = archive
         self.config: DictConfig = read_model_config(archive, whole=True)
 
-    def _check_shapes(self, shapes: dict[tuple[str, int], tuple[int, ...]]) -> None:
+    def _check_shapes(self) -> None:
         """Its weights, (out, in) by path and layer, are those of a model of the sizes that its config says."""
+        shapes: dict[tuple[str, int], tuple[int, ...]] = {}
+        for (name, number), saved in self.saved.items():
+            weight = WEIGHT.fullmatch(name)
+            if weight and number is not None:
+                shapes[weight[1], number] = saved.shape
         known = {where.path: target for target, where in TARGETS.items() if where.part is None}
         paths = {path for path, _ in shapes if path in known}
         if not paths:
@@ -75,6 +126,13 @@ class BaseFile(ABC):
                 )
 
     @abstractmethod
+    def tensor(self, place: Place) -> Tensor:
+        """One whole tensor of the model, in the file's dtype.
+
+        Raises:
+            UsageError: it is not there.
+        """
+
     def weight(self, path: str, layer: int) -> Tensor:
         """The whole weight (out, in) of one linear layer, in the file's dtype.
 
@@ -82,6 +140,11 @@ class BaseFile(ABC):
             path: below a transformer layer, e.g. ``self_attention.linear_qkv``.
             layer: 0-based.
         """
+        return self.tensor(Place(f"{LAYERS}{path}.weight", layer))
+
+    def _missing(self, place: Place) -> UsageError:
+        layer = "" if place.layer is None else f" of layer {place.layer}"
+        return self.archive.error(f"there is no {place.name}{layer} in it")
 
     @abstractmethod
     def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
@@ -121,12 +184,11 @@ class BaseFile(ABC):
 
 
 class _Piece(NamedTuple):
-    """Where some rows and columns of a weight are stored."""
+    """Where a part of a tensor is stored."""
 
     index: Any
     plane: int | None
-    rows: slice
-    columns: slice
+    part: tuple[slice, ...]
 
 
 class _Distributed(BaseFile):
@@ -138,43 +200,61 @@ class _Distributed(BaseFile):
         self.checked.check()
         self.metadata = self.checked.metadata
         self.storage = self.metadata.storage_data
-        self.pieces: dict[tuple[str, int], list[_Piece]] = {}
-        self.shapes: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.saved = {}
+        self.pieces: dict[Place, list[_Piece]] = {}
         self.weights_in: dict[Any, list[tuple[str, int, _Piece]]] = {}
         for index in self.storage:
-            named = WEIGHT.fullmatch(index.fqn)
-            if named:
-                self._note(index, named[2], named[1])
-        self._check_shapes(self.shapes)
+            place = _place(index.fqn)
+            if place:
+                self._note(index, place)
+        self._check_shapes()
+        for place, pieces in self.pieces.items():
+            found = sum(math.prod(one.stop - one.start for one in piece.part) for piece in pieces)
+            if found != math.prod(self.saved[place].shape):
+                raise self.archive.error(f"not all of {place.name} is in it")
 
-    def _note(self, index: Any, path: str, layer: str | None) -> None:
+    def _note(self, index: Any, place: Place) -> None:
         saved = self.metadata.state_dict_metadata[index.fqn]
+        weight = WEIGHT.fullmatch(place.name)
         if not isinstance(saved, TensorStorageMetadata):
-            raise self.archive.error(f"{index.fqn} in it is not a tensor")
+            if weight:
+                raise self.archive.error(f"{index.fqn} in it is not a tensor")
+            return
         chunk = next(chunk for chunk in saved.chunks if chunk.offsets == index.offset)
-        *layers, rows, columns = (slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        planes = range(layers[0].start, layers[0].stop) if layers else [int(layer or 0)]
-        if planes[-1] >= self.config.num_layers:
-            raise self.archive.error(f"{index.fqn} is of layer {planes[-1]}; there are {self.config.num_layers}")
-        for plane, number in enumerate(planes):
-            self.shapes[path, number] = tuple(saved.size[-2:])
-            piece = _Piece(index, plane if layers else None, rows, columns)
-            self.pieces.setdefault((path, number), []).append(piece)
-            self.weights_in.setdefault(index, []).append((path, number, piece))
+        part = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        shape = tuple(saved.size)
+        numbers: Iterable[int | None] = [place.layer]
+        stacked = place.name.startswith(LAYERS) and place.layer is None
+        if stacked:
+            numbers, part, shape = range(part[0].start, part[0].stop), part[1:], shape[1:]
+        for plane, number in enumerate(numbers):
+            if number is not None and number >= self.config.num_layers:
+                raise self.archive.error(f"{index.fqn} is of layer {number}; there are {self.config.num_layers}")
+            whole = Place(place.name, number)
+            self.saved[whole] = Saved(shape, saved.properties.dtype)
+            piece = _Piece(index, plane if stacked else None, part)
+            self.pieces.setdefault(whole, []).append(piece)
+            if weight and number is not None:
+                self.weights_in.setdefault(index, []).append((weight[1], number, piece))
 
-    def weight(self, path: str, layer: int) -> Tensor:
-        if (path, layer) not in self.pieces:
-            raise self.archive.error(f"there is no {path} of layer {layer} in it")
-        weight: Tensor | None = None
-        for piece in self.pieces[path, layer]:
-            tensor = self._load(piece.index)
+    def tensor(self, place: Place) -> Tensor:
+        if place not in self.pieces:
+            raise self._missing(place)
+        (shape, dtype), tensor = self.saved[place], None
+        for piece in self.pieces[place]:
+            stored = self._load(piece.index)
             if piece.plane is not None:
-                tensor = tensor[piece.plane]
-            if weight is None:
-                weight = tensor.new_empty(self.shapes[path, layer])
-            weight[piece.rows, piece.columns] = tensor
-        assert weight is not None  # no weight is listed without a piece
-        return weight
+                stored = stored[piece.plane]
+            sizes = tuple(one.stop - one.start for one in piece.part)
+            if (tuple(stored.shape), stored.dtype) != (sizes, dtype):
+                raise self.archive.error(f"{piece.index.fqn} in it is not of the shape and type that it is listed with")
+            if sizes == shape:
+                return stored
+            if tensor is None:
+                tensor = stored.new_empty(shape)
+            tensor[piece.part] = stored
+        assert tensor is not None  # none is listed without a piece
+        return tensor
 
     def _load(self, index: Any) -> Tensor:
         try:
@@ -209,7 +289,7 @@ class _Distributed(BaseFile):
                         tensor = self._load(index)
                         for path, layer, piece in weights:
                             place = tensor if piece.plane is None else tensor[piece.plane]
-                            place.copy_(changed(path, layer)[piece.rows, piece.columns])
+                            place.copy_(changed(path, layer)[piece.part])
                         buffer = io.BytesIO()
                         torch.save(tensor, buffer)
                         content = buffer.getvalue()
@@ -241,22 +321,26 @@ class _Single(BaseFile):
                     pickles.check_extra_state(value)
         except pickles.Refused as error:
             raise archive.error(f"{SINGLE} in it: {error}") from None
-        self.keys = {}
-        for key in self.state:
-            named = WEIGHT.fullmatch(key)
-            if named and named[1]:
-                self.keys[named[2], int(named[1])] = key
-        self._check_shapes({place: self.state[key].shape for place, key in self.keys.items()})
+        self.keys: dict[Place, str] = {}
+        for key, value in self.state.items():
+            place = _place(key)
+            if place and isinstance(value, Tensor):
+                self.keys[place] = key
+        self.saved = {
+            place: Saved(tuple(self.state[key].shape), self.state[key].dtype) for place, key in self.keys.items()
+        }
+        self._check_shapes()
 
-    def weight(self, path: str, layer: int) -> Tensor:
-        if (path, layer) not in self.keys:
-            raise self.archive.error(f"there is no {path} of layer {layer} in it")
-        return self.state[self.keys[path, layer]]
+    def tensor(self, place: Place) -> Tensor:
+        if place not in self.keys:
+            raise self._missing(place)
+        return self.state[self.keys[place]]
 
     def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
-        weights = {place: key for place, key in self.keys.items() if place[0] in paths}
-        for place, key in progress(weights.items(), "writing", len(weights)):
-            self.state[key].copy_(change(*place, self.state[key]))  # the pages changed are this process's own
+        found = [(WEIGHT.fullmatch(name), layer, key) for (name, layer), key in self.keys.items() if layer is not None]
+        weights = [(weight[1], layer, key) for weight, layer, key in found if weight and weight[1] in paths]
+        for path, layer, key in progress(weights, "writing", len(weights)):
+            self.state[key].copy_(change(path, layer, self.state[key]))  # the pages changed are this process's own
         with growing(tar, SINGLE) as out:
             torch.save(self.state, Appended(out))  # type: ignore[arg-type]  # torch needs no more of a file
         return {SINGLE}
