@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_tiedlora.checkpoint.base import BaseFile, Place, Saved, open_base
+from nemo_tiedlora.checkpoint.store import is_canonical
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import move, replacing, write_bytes
@@ -59,7 +60,7 @@ def _derived(config: DictConfig) -> dict[str, Any]:
     """The config of the model that is nearest."""
     if config.get("normalization", "layernorm") == "layernorm":
         architecture = "GPT2LMHeadModel"
-    elif config.get("layernorm_zero_centered_gamma") or config.get("apply_embedding_scaling"):
+    elif config.get("layernorm_zero_centered_gamma") and config.get("apply_embedding_scaling"):
         architecture = "GemmaForCausalLM"
     elif config.get("qk_layernorm"):
         architecture = "Qwen3ForCausalLM"
@@ -131,6 +132,8 @@ def give_back(path: Path, out: Path) -> dict[str, Any]:
     """
     if out.exists() or out.is_symlink():
         raise UsageError("out", str(out), "is there already; name a folder that is not")
+    if path.is_file() and is_canonical(path, "base"):
+        raise UsageError("base", str(path), "an adapter, not a base; tiedlora merge writes it into one")
     with open_base(path) as base:
         content = hf_config(base.config)
         recorded = read_record(base.config)

@@ -49,10 +49,12 @@ def read_record(model: DictConfig) -> dict[str, dict[str, Any]]:
         UsageError: damaged.
     """
     kept = model.get(RECORD) or {}
+    files: dict[str, Any] = {RECORD: None}
     try:
-        files = {name: json.loads(kept[name]) for name in (CONFIG, GENERATION) if name in kept}
+        if isinstance(kept, dict | DictConfig):
+            files = {name: json.loads(kept[name]) for name in (CONFIG, GENERATION) if name in kept}
     except (ValueError, TypeError, RecursionError):
-        files = {RECORD: None}
+        pass
     if not all(isinstance(content, dict) for content in files.values()):
         raise UsageError(RECORD, "…", f"in the base's config, not the content of a {CONFIG}")
     return files
