@@ -258,7 +258,8 @@ class _Distributed(BaseFile):
 
     def _load(self, index: Any) -> Tensor:
         try:
-            return pickles.load(io.BytesIO(self.checked.bytes(index)))
+            with self.checked.open(index) as file:
+                return pickles.load(file)  # type: ignore[arg-type]  # torch needs no more of a file
         except pickles.Refused as error:
             raise self.archive.error(f"{index.fqn} in it: {error}") from None
 

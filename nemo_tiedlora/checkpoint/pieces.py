@@ -1,7 +1,9 @@
 """A distributed checkpoint (``torch_dist``): pieces of tensors in ``.distcp`` files, a list of them, and the rest."""
 
 import io
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
@@ -11,8 +13,41 @@ from nemo_tiedlora.model.archive import Files, Folder
 
 #: The list of pieces, and what is no tensor, cannot be larger.
 MOST_METADATA, MOST_OBJECT = 2**30, 2**26
+#: Bytes that are read at a time.
+CHUNK = 2**20
 #: Formats of the rest could run code: zarr's have filters that unpickle.
 BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+
+
+class Window(io.RawIOBase):
+    """A part of a file, which is read without a second copy of it in memory, as large as it is."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int):
+        self.file, self.start, self.length = file, start, length
+        self.at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        if at < 0:
+            raise ValueError("before the beginning")
+        self.at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        content = memoryview(buffer).cast("B")[: max(self.length - self.at, 0)]
+        start = self.at
+        self.file.seek(self.start + start)
+        for begin in range(0, len(content), CHUNK):
+            part = self.file.read(min(CHUNK, len(content) - begin))
+            content[begin : begin + len(part)] = part
+            self.at += len(part)
+        return self.at - start
 
 
 class Pieces:
@@ -40,6 +75,17 @@ class Pieces:
         Raises:
             UsageError: not all of it is there.
         """
+        with self.open(index) as window:
+            window.file.seek(window.start)
+            return window.file.read(window.length)
+
+    @contextmanager
+    def open(self, index: MetadataIndex) -> Iterator["Window"]:
+        """What is stored of one piece, as a file of its own.
+
+        Raises:
+            UsageError: not all of it is there.
+        """
         info = self.metadata.storage_data[index]
         if getattr(info, "transform_descriptors", None):
             raise self.files.error(f"{index.fqn} is stored compressed, which this program does not read")
@@ -49,8 +95,7 @@ class Pieces:
         if info.offset < 0 or not 0 <= info.length <= self.files.sizes[name] - info.offset:
             raise self.files.error(f"cut off: {name} in it ends before {index.fqn}")
         with self.files.open(name) as file:
-            file.seek(info.offset)
-            return file.read(info.length)
+            yield Window(file, info.offset, info.length)
 
     def check(self) -> None:
         """Look at everything that would be unpickled, and at the sizes of everything else.

@@ -22,13 +22,12 @@ from nemo_tiedlora.huggingface.meaning import meaning
 from nemo_tiedlora.huggingface.parts import Part, parts, taken
 from nemo_tiedlora.huggingface.record import GENERATION, read_record
 from nemo_tiedlora.huggingface.tokens import tokenizer_files
-from nemo_tiedlora.huggingface.weights import SINGLE
+from nemo_tiedlora.huggingface.weights import DTYPES, SINGLE
 from nemo_tiedlora.model import tokenizer
 from nemo_tiedlora.model.config import MODEL_CONFIG, check_base_config
 
 WORDS = "embedding.word_embeddings.weight"
-#: What safetensors calls types.
-TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TYPES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
 
 
 def hf_config(config: DictConfig) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.families import read_config
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Types that a model can be run in.
-DTYPES = ("F32", "F16", "BF16")
+#: Types that a model can be run in, as safetensors and torch call them.
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -61,48 +62,59 @@ class Weights:
     """
 
     def __init__(self, folder: Path, inner: str):
-        self.folder, self.files, self.inner = folder, weight_files(folder), f"{inner}."
+        self.folder, self.files = folder, weight_files(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         self._stack = ExitStack()
-        self._of: dict[str, tuple[Any, str]] = {}
-        with self as opened:
-            for name, (file, stored) in opened._of.items():
-                piece = file.get_slice(stored)
-                self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
+        self._opened: dict[Path, BinaryIO] = {}
+        for path in self.files:
+            self._note(path)
+        if not any(name.startswith(f"{inner}.") for name in self.shapes):
+            for facts in (self.shapes, self.dtypes, self._places):
+                below = {f"{inner}.{name}": fact for name, fact in facts.items()}
+                facts.clear()
+                facts.update(below)
 
-    def __enter__(self) -> Weights:
+    def _note(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        found: dict[str, Any] = {}
-        for path in self.files:
-            try:
-                file = self._stack.enter_context(safe_open(path, "pt"))
-                names = list(file.keys())
-            except (SafetensorError, OSError) as error:
-                self._stack.close()
-                raise UsageError("model", str(path), f"damaged or cut off ({error})") from None
-            for name in names:
-                if name in found:
-                    self._stack.close()
-                    raise UsageError("model", str(path), f"the tensor {name} is in another file too")
-                found[name] = file
-        alone = not any(name.startswith(self.inner) for name in found)
-        self._of = {f"{self.inner}{name}" if alone else name: (file, name) for name, file in found.items()}
+        try:
+            with safe_open(path, "pt") as file, path.open("rb") as content:
+                length = int.from_bytes(content.read(8), "little")
+                header = json.loads(content.read(length))
+                for name in file.keys():  # noqa: SIM118, it is no dictionary
+                    if name in self.shapes:
+                        raise UsageError("model", str(path), f"the tensor {name} is in another file too")
+                    piece = file.get_slice(name)
+                    self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
+                    self._places[name] = path, 8 + length + header[name]["data_offsets"][0]
+        except (SafetensorError, OSError) as error:
+            raise UsageError("model", str(path), f"damaged or cut off ({error})") from None
+
+    def __enter__(self) -> Weights:
+        self._opened = {path: self._stack.enter_context(path.open("rb")) for path in self.files}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._of = {}
+        self._opened = {}
         self._stack.close()
 
     def read(self, name: str) -> Tensor:
         """One tensor.
 
         Raises:
-            UsageError: it has NaN or infinity in it.
+            UsageError: it has NaN or infinity in it, or the file was cut off since.
         """
-        file, stored = self._of[name]
-        tensor = file.get_tensor(stored)
+        import torch
+
+        path, begin = self._places[name]
+        tensor = torch.empty(self.shapes[name], dtype=getattr(torch, DTYPES[self.dtypes[name]]))
+        content = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        self._opened[path].seek(begin)
+        # Not through safetensors: all that it ever mapped of the file would stay in memory.
+        if self._opened[path].readinto(content) != len(content):
+            raise UsageError("model", str(path), "cut off")
         if not all(end.isfinite() for end in tensor.aminmax()):  # which pass NaN on, and need no second tensor
             raise UsageError("model", str(self.folder), f"the tensor {name} has NaN or infinity in it")
         return tensor
