@@ -362,7 +362,7 @@ def import_hf(
 @app.command(name="export-hf")
 def export_hf(
     base: Annotated[Path, typer.Argument(help="Base model (.nemo).")],
-    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="The folder to write, which is new or empty.")],
     as_json: AsJson = False,
 ) -> None:
     """Write a base as a folder that transformers loads, bit by bit the one it was made of; the built-in base and others
@@ -370,7 +370,7 @@ def export_hf(
     from nemo_tiedlora.files import check_output
     from nemo_tiedlora.huggingface.given_back import give_back
 
-    check_output(out.resolve().parent, "out")
+    check_output(out.parent, "out")
     show(give_back(base, out), as_json)
 
 

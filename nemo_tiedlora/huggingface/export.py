@@ -47,6 +47,7 @@ def export(
     from nemo_tiedlora.checkpoint.plain_lora import PlainLora
     from nemo_tiedlora.huggingface import gguf_lora, peft_lora, peft_vera
     from nemo_tiedlora.huggingface.families import family_of
+    from nemo_tiedlora.huggingface.given_back import hf_config
 
     loaded = read(adapter)
     type_ = getattr(torch, dtype)
@@ -76,10 +77,6 @@ def export(
 def size_of(path: Path) -> int:
     """Of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
-
-
-def hf_config(config):
-    return {"architectures": ["LlamaForCausalLM"]}
 
 
 FORMATS = get_args(Format)

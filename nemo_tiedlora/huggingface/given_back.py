@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +14,7 @@ from nemo_tiedlora.checkpoint.base import BaseFile, Place, Saved, open_base
 from nemo_tiedlora.checkpoint.store import is_canonical
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.files import move, replacing, write_bytes
+from nemo_tiedlora.files import new_folder
 from nemo_tiedlora.huggingface.families import ACTIVATIONS, CONFIG, FAMILIES, TANH, model_config
 from nemo_tiedlora.huggingface.meaning import meaning
 from nemo_tiedlora.huggingface.parts import Part, parts, taken
@@ -121,19 +119,18 @@ def give_back(path: Path, out: Path) -> dict[str, Any]:
     out.
 
     Args:
-        out: a folder that is not there yet.
+        out: a folder, which is new or empty.
 
     Returns:
         What was written.
 
     Raises:
-        UsageError: not a base, or one that no family of transformers computes; NaN or infinity in a weight.
+        UsageError: not a base, or one that no family of transformers computes; NaN or infinity in a weight; there is
+            something at ``out``.
     """
-    if out.exists() or out.is_symlink():
-        raise UsageError("out", str(out), "is there already; name a folder that is not")
     if path.is_file() and is_canonical(path, "base"):
         raise UsageError("base", str(path), "an adapter, not a base; tiedlora merge writes it into one")
-    with open_base(path) as base:
+    with new_folder(out, "out") as unfinished, open_base(path) as base:
         content = hf_config(base.config)
         recorded = read_record(base.config)
         files, tokens = tokenizer_files(base)
@@ -148,18 +145,9 @@ def give_back(path: Path, out: Path) -> dict[str, Any]:
         files |= {CONFIG: _json(content)}
         if GENERATION in recorded:
             files[GENERATION] = _json(recorded[GENERATION])
-        unfinished = out.with_name(f".{out.name}.{uuid4().hex}")
-        try:
-            unfinished.mkdir()
-            for name, text in files.items():
-                write_bytes(unfinished / name, text)
-            with replacing(unfinished / SINGLE) as file:
-                _write_tensors(file, base, own)
-            move(unfinished, out)
-        except OSError as error:
-            raise UsageError("out", str(out), f"cannot be written ({error.strerror}); nothing is there now") from None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        for name, text in files.items():
+            (unfinished / name).write_bytes(text)
+        _write_tensors(unfinished / SINGLE, base, own)
     return {
         "folder": str(out),
         "architecture": content["architectures"][0],

@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from omegaconf import DictConfig
 
 from nemo_tiedlora.huggingface.modules import Modules
-from nemo_tiedlora.model.targets import TARGETS, rows, shape
+from nemo_tiedlora.model.targets import TARGETS, rows, shape, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: The targets that are whole weights, by path.
-WHOLE = {where.path: target for target, where in TARGETS.items() if where.part is None}
 
 
 class Source(NamedTuple):
@@ -78,7 +75,7 @@ def parts(modules: Modules, model: DictConfig, vocabulary: int, words: int) -> I
             if path in norms:
                 for kind in kinds:
                     yield as_it_is(f"{new}.{path}.layer_norm_{kind}", layer, f"{inside}.{norms[path]}.{kind}", hidden)
-            width, height = shape(WHOLE[path], model)
+            width, height = shape(whole(path), model)
             yield Part(f"{new}.{path}.weight", layer, (height, width), tuple(
                 Source(
                     f"{inside}.{module.name}.weight",

@@ -86,8 +86,8 @@ class _Import:
     """A PEFT adapter on its way: its tensors by module and layer, in the base's sizes."""
 
     def __init__(self, folder: Path, config: dict[str, Any], base: BaseFile):
-        from nemo_tiedlora.huggingface.export import hf_config
         from nemo_tiedlora.huggingface.families import family_of
+        from nemo_tiedlora.huggingface.given_back import hf_config
 
         self.folder, self.config, self.base = folder, config, base
         self.kind: str = config["peft_type"]

@@ -156,11 +156,10 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path):
     with tarfile.open(adapter, "w") as tar:
         for name in ("model_config.yaml", "adapter_config.json", "adapter_model.safetensors"):
             tar.addfile(entry(name, 2), io.BytesIO(b"{}"))
-    (tmp_path / "taken").mkdir()
     before = sorted(tmp_path.iterdir())
     for base, out, said in (
-        ("base.nemo", "taken", "out=.*taken.*is there already"),
-        ("base.nemo", "base.nemo", "out=.*is there already"),
+        ("base.nemo", "saved", "out=.*saved.*something there already"),
+        ("base.nemo", "base.nemo", "out=.*something there already"),
         ("base.nemo", "base.nemo/out", "out=.*cannot be written"),
         ("nowhere.nemo", "out", "base=.*no such file"),
         ("saved", "out", "base=.*not a .nemo file"),
