@@ -34,7 +34,7 @@ def meaning(config: DictConfig) -> dict[str, Any]:
     found["num_query_groups"] = said.get("num_query_groups", heads)
     found["kv_channels"] = said.get("kv_channels") or said["hidden_size"] // heads
     found["qkv_bias"] = bool(found["bias"] or said.get("qkv_bias"))
-    found["normalization"] = said.get("normalization", "layernorm").lower()
+    found["normalization"] = str(said.get("normalization", "layernorm")).lower()
     found["layernorm_zero_centered_gamma"] = bool(said.get("layernorm_zero_centered_gamma"))
     found["activation"] = _activation(said)
     if found["position_embedding_type"] == "rope":
@@ -50,7 +50,7 @@ def meaning(config: DictConfig) -> dict[str, Any]:
 
 def _activation(said: dict[str, Any]) -> str:
     """As transformers calls it, and whether it is multiplied by a gate."""
-    name = said.get("activation", "gelu").removeprefix("fast-")
+    name = str(said.get("activation", "gelu")).removeprefix("fast-")
     gated, function = name.endswith("glu"), FUNCTIONS.get(name, name)
     # Megatron-core's function that also adds the bias takes tanh.
     if said.get("openai_gelu") or (function == "gelu" and said.get("bias_activation_fusion", True)):
