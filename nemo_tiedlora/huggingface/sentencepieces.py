@@ -41,6 +41,8 @@ def read(content: bytes) -> Pieces:
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
             pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+    if not any(kind == UNKNOWN for *_, kind in pieces):
+        raise ValueError("not a sentencepiece model")
     trainer = dict(_fields(next((value for number, value in fields if number == 2), b"")))
     normalizer = dict(_fields(next((value for number, value in fields if number == 3), b"")))
     defaults = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}
@@ -105,7 +107,10 @@ def converted(content: bytes) -> tuple[bytes | None, dict[str, Any]]:
     made = _made(model)
     for text in _texts(model):
         ids = made.encode(text, add_special_tokens=False).ids
-        if ids != reference.encode(text) or made.decode(ids) != reference.decode(ids):
+        if ids != reference.encode(text):
+            return None, facts
+        unknown = model.special.get("unk_token") in ids  # which is written in a way of its own
+        if not unknown and made.decode(ids) != reference.decode(ids):
             return None, facts
     return made.to_str().encode(), settings
 
@@ -114,11 +119,11 @@ def _made(model: Pieces) -> Any:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     numbers = {piece: number for number, (piece, _, _) in enumerate(model.pieces)}
-    unknown = next((piece for piece, _, kind in model.pieces if kind == UNKNOWN), None)
+    unknown = next(piece for piece, _, kind in model.pieces if kind == UNKNOWN)
     own = [piece for piece, _, kind in model.pieces if kind == USER_DEFINED]
     if model.kind == UNIGRAM:
         scores = [(piece, score) for piece, score, _ in model.pieces]
-        made = Tokenizer(models.Unigram(scores, unk_id=numbers.get(unknown), byte_fallback=model.bytes))
+        made = Tokenizer(models.Unigram(scores, unk_id=numbers[unknown], byte_fallback=model.bytes))
     else:
         merges = _merges(model)
         whole = any(len(piece) > 1 for piece in own)

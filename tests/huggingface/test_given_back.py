@@ -2,12 +2,14 @@
 
 import io
 import json
+import random
 import re
 import tarfile
 
 import pytest
 import saved_models
 import sentencepiece
+import tokenizers
 import torch
 import toy
 import transformers
@@ -19,11 +21,12 @@ from typer.testing import CliRunner
 from nemo_tiedlora.cli import app
 from nemo_tiedlora.embedded.base import base as built_in
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.huggingface import sentencepieces
 from nemo_tiedlora.huggingface.families import FAMILIES, model_config
 from nemo_tiedlora.huggingface.given_back import give_back, hf_config
 from nemo_tiedlora.huggingface.meaning import meaning
 from nemo_tiedlora.huggingface.record import RECORD
-from nemo_tiedlora.huggingface.taken_over import take_over
+from nemo_tiedlora.huggingface.taken_over import Model, take_over
 from nemo_tiedlora.job.generate import generator
 from nemo_tiedlora.model.archive import entry
 from nemo_tiedlora.model.config import nemo_config
@@ -173,3 +176,66 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(tmp_path):
         assert sorted(tmp_path.iterdir()) == before
     done = CliRunner().invoke(app, ["export-hf", str(tmp_path / "base.nemo"), "--out", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0 and json.loads(done.output)["architecture"] == "LlamaForCausalLM"
+
+
+#: How sentencepiece is trained, and whether a ``tokenizer.json`` can do the same.
+SENTENCEPIECES = {
+    "bytes": ({"model_type": "bpe", "byte_fallback": True}, True),
+    "no beginning": ({"model_type": "bpe", "add_dummy_prefix": False, "byte_fallback": True, "pad_id": 3}, True),
+    "unigram": ({"model_type": "unigram"}, True),
+    "its own": ({"model_type": "unigram", "byte_fallback": True, "user_defined_symbols": ["<chat>", "=="]}, True),
+    "suffix": ({"model_type": "unigram", "treat_whitespace_as_suffix": True}, False),
+    "words": ({"model_type": "word"}, False),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECES)
+def test_a_sentencepiece_tokenizer_is_converted_where_that_does_the_same(kind):
+    settings, same = SENTENCEPIECES[kind]
+    model = io.BytesIO()
+    corpus = [f"What is {a} plus {b}? The {'answer' * (a % 2)} is: {a + b}, (so)." for a in range(40) for b in range(9)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=model, vocab_size=320, hard_vocab_limit=False, num_threads=1,
+        minloglevel=2, **settings,
+    )  # fmt: skip
+    made, facts = sentencepieces.converted(model.getvalue())
+    assert (made is not None) == same
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    if not same:
+        assert facts["vocab_size"] == len(reference) and facts["eos_token_id"] == reference.eos_id()
+        return
+    ours = tokenizers.Tokenizer.from_str(made.decode())
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(draw.choices("aehisntwpluWT 0123?:.\n\u00fc\u4e16", k=20)) + draw.choice(corpus)
+        assert ours.encode(text, add_special_tokens=False).ids == reference.encode(text), text
+    for damaged in (b"", b"\x0a", model.getvalue()[:-9], b"no model"):
+        with pytest.raises((ValueError, RuntimeError, KeyError)):
+            sentencepieces.converted(damaged)
+
+
+def _another_norm(parts):
+    norm = next(part for part in parts if part.name == "decoder.final_layernorm.weight")
+    return [*parts, norm._replace(name="decoder.layers.another_norm.weight", layer=0)]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda parts: parts[:-1], "there is no output_layer.weight in it"),
+        (lambda parts: [part for part in parts if "fc2.weight" not in part.name or part.layer != 1], "linear_fc2"),
+        (_another_norm, "no place for its tensor decoder.layers.another_norm.weight"),
+        (
+            lambda parts: [part._replace(layer=0) if part.name.startswith("embedding") else part for part in parts],
+            "not all of embedding.word_embeddings.weight is in it",
+        ),
+    ],
+)
+def test_the_tensors_of_a_base_must_be_those_of_its_config(change, said, tmp_path):
+    save(tmp_path / "saved", "llama")
+    model = Model(tmp_path / "saved")
+    model.parts = change(model.parts)
+    model.write(tmp_path / "base.nemo")
+    with pytest.raises(UsageError, match=said):
+        give_back(tmp_path / "base.nemo", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

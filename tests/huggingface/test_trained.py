@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from saved_models import TOKENS, save
 
 from nemo_tiedlora.checkpoint.merge import merge
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.given_back import give_back
 from nemo_tiedlora.huggingface.taken_over import take_over
 from nemo_tiedlora.job.generate import generator
@@ -48,6 +49,8 @@ def test_transformers_computes_the_merged_model(name, tmp_path):
     before = save(tmp_path / "saved", name)
     take_over(tmp_path / "saved", tmp_path / "base.nemo")
     _, adapter = finetuned(tmp_path, tmp_path / "base.nemo")
+    with pytest.raises(UsageError, match="an adapter, not a base"):
+        give_back(adapter, tmp_path / "out")
     merge(tmp_path / "base.nemo", adapter, tmp_path / "merged.nemo")
     give_back(tmp_path / "merged.nemo", tmp_path / "out")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
