@@ -184,9 +184,10 @@ class BaseFile(ABC):
 
 
 class _Piece(NamedTuple):
-    """Where a part of a tensor is stored."""
+    """Where a part of a tensor is stored: in a tensor of these sizes, whose planes may be of several layers."""
 
     index: Any
+    sizes: tuple[int, ...]
     plane: int | None
     part: tuple[slice, ...]
 
@@ -232,7 +233,7 @@ class _Distributed(BaseFile):
                 raise self.archive.error(f"{index.fqn} is of layer {number}; there are {self.config.num_layers}")
             whole = Place(place.name, number)
             self.saved[whole] = Saved(shape, saved.properties.dtype)
-            piece = _Piece(index, plane if stacked else None, part)
+            piece = _Piece(index, tuple(chunk.sizes), plane if stacked else None, part)
             self.pieces.setdefault(whole, []).append(piece)
             if weight and number is not None:
                 self.weights_in.setdefault(index, []).append((weight[1], number, piece))
@@ -243,12 +244,11 @@ class _Distributed(BaseFile):
         (shape, dtype), tensor = self.saved[place], None
         for piece in self.pieces[place]:
             stored = self._load(piece.index)
+            if not isinstance(stored, Tensor) or (tuple(stored.shape), stored.dtype) != (piece.sizes, dtype):
+                raise self.archive.error(f"{piece.index.fqn} in it is not of the shape and type that it is listed with")
             if piece.plane is not None:
                 stored = stored[piece.plane]
-            sizes = tuple(one.stop - one.start for one in piece.part)
-            if (tuple(stored.shape), stored.dtype) != (sizes, dtype):
-                raise self.archive.error(f"{piece.index.fqn} in it is not of the shape and type that it is listed with")
-            if sizes == shape:
+            if tuple(stored.shape) == shape:
                 return stored
             if tensor is None:
                 tensor = stored.new_empty(shape)

@@ -24,6 +24,7 @@ from nemo_tiedlora.huggingface.weights import DTYPES, SINGLE
 from nemo_tiedlora.model import tokenizer
 from nemo_tiedlora.model.config import MODEL_CONFIG, check_base_config
 
+#: Has as many rows as the base's vocabulary.
 WORDS = "embedding.word_embeddings.weight"
 TYPES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
 

@@ -84,6 +84,18 @@ def test_zero_centered_norms_store_the_weight_minus_one(zero_centered, plain):
     torch.testing.assert_close(ours(x), reference(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_zero_centered_rms_norm_is_gemmas(dtype):
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    ours, reference = ZeroCenteredRMSNorm(64, eps=1e-6).to(dtype), GemmaRMSNorm(64).to(dtype)
+    with torch.no_grad():
+        for norm in (ours, reference):
+            norm.weight.copy_(0.01 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    torch.testing.assert_close(ours(x), reference(x), rtol=1e-6 if dtype is torch.float32 else 1e-3, atol=1e-6)
+
+
 def test_mixed_fused_layer_norm_takes_apexs_arguments():
     norm = MixedFusedLayerNorm(8, 1e-5, sequence_parallel_enbaled=False)
     x = torch.randn(3, 8)
