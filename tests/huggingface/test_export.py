@@ -21,6 +21,9 @@ CASES = {
     "DynaLoRA": ("qwen2", "dyna_lora", {"inner": "cond_lora", "target_modules": ["attention_qkv", "mlp_fc2"]}),
     "LoRA-XS": ("llama", "lora_xs", {"target_modules": ["mlp"], "rank": 3}),
     "Uni-LoRA": ("llama", "uni_lora", {"target_modules": ["attention_qkv"], "dimension": 300}),
+    "Gemma": ("gemma", "tied_lora", {"preset": "TL2", "target_modules": ["attention", "mlp_up"]}),
+    "GPT-2": ("gpt2", "cond_lora", {"target_modules": ["attention_q", "attention_v", "mlp"], "deviation": 0.1}),
+    "GPT-2 with DoRA": ("gpt2", "tied_lora", {"target_modules": ["attention_qkv", "mlp_fc2"], "dora": True}),
     "DoRA": ("qwen3", "tied_lora", {"target_modules": ["all"], "dora": True, "alpha": 7.0}),
 }  # fmt: skip
 
