@@ -64,6 +64,18 @@ def generate(context: typer.Context) -> None:
     scripts.run("megatron_gpt_generate.py", "tiedlora generate", context.args)
 
 
+@app.command(name="run", cls=Script)
+def run_script(context: typer.Context) -> None:
+    """Run a NeMo script as it is, with every scheme added to NeMo: tiedlora run SCRIPT.py ARGUMENTS."""
+    if not context.args or context.args[0] in ("--help", "-h"):
+        print(context.get_help())
+        return
+    from nemo_tiedlora.job import stock_script
+
+    script, *arguments = context.args
+    stock_script.run(Path(script), arguments)
+
+
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """Every method by name, with its settings in JSON."""
