@@ -76,6 +76,18 @@ def run_script(context: typer.Context) -> None:
     stock_script.run(Path(script), arguments)
 
 
+@app.command(name="lm-eval", cls=Script)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with its model nemo_tiedlora: --model_args base=BASE.nemo,adapter=ADAPTER.nemo."""
+    from importlib.util import find_spec
+
+    if not find_spec("lm_eval"):
+        raise UsageError("lm-eval", None, "lm-evaluation-harness is not installed: pip install lm_eval")
+    from nemo_tiedlora.job import lm_eval_model
+
+    lm_eval_model.main(context.args)
+
+
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """Every method by name, with its settings in JSON."""

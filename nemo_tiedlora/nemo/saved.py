@@ -193,8 +193,8 @@ def save_to(self, stock, model, save_path):
 
 def _config(model: NLPAdapterModelMixin, adapter: Adapter) -> str:
     """The model's config as YAML, without what the adapter does not depend on: layout, data and optimizer of the run,
-    and where the base's tokenizer was unpacked. What NeMo's generation script wants of it stays: how rows become prompts,
-    and that an optimizer has a name."""
+    and where the base's tokenizer was unpacked. What NeMo's generation script wants of it stays: how rows become
+    prompts, and that an optimizer has a name."""
     config = OmegaConf.create(OmegaConf.to_container(model.cfg))
     rows = (config.get("data") or {}).get("train_ds") or {}
     prompts = {name: rows[name] for name in PROMPTS if name in rows}
