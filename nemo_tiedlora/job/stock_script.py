@@ -4,7 +4,10 @@ What is added is what they cannot bring themselves: the host where this machine 
 the schemes, their sections in the script's config, and mistakes said in one line before anything is loaded.
 """
 
+import atexit
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +19,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_tiedlora.checkpoint import is_canonical
 from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.huggingface.export import export
 from nemo_tiedlora.job.inputs import under
 from nemo_tiedlora.job.script import sections
 from nemo_tiedlora.job.settings import ACCELERATORS, NO_GPU, check_gpus
+from nemo_tiedlora.model.config import nemo_config
 from nemo_tiedlora.own_methods import LOADED, OPTION
 from nemo_tiedlora.platform.patch import Patch, Restore, patch
 from nemo_tiedlora.platform.threads import wait_passively
@@ -118,6 +124,7 @@ def sections_of_schemes(restore: Restore) -> None:
         stock(overrides, cfg)
         with _said_in_one_line():
             check(cfg)
+            _export_adapter(cfg)
 
     restore.set(ConfigLoaderImpl, "_apply_overrides_to_config", staticmethod(apply))
 
@@ -189,6 +196,25 @@ def check(cfg: DictConfig) -> None:
             OmegaConf.resolve(peft[name])
         for scheme in str(peft.get("peft_scheme") or "none").split(","):
             _check_scheme(scheme, peft)
+
+
+def _export_adapter(cfg: DictConfig) -> None:
+    """Give NVIDIA's merge script, which multiplies weights of NeMo's own LoRA, an adapter of ours as such a LoRA."""
+    adapter, base = (
+        OmegaConf.select(cfg, name, throw_on_missing=False) for name in ("lora_model_path", "gpt_model_file")
+    )
+    if not (adapter and base) or not is_canonical(adapter, "lora_model_path"):
+        return
+    ranks = cfg.get("tensor_model_parallel_size") or 1
+    if ranks < 0:
+        ranks = nemo_config(Path(base), "gpt_model_file").get("tensor_model_parallel_size", 1)
+    if ranks > 1:
+        way_out = "an adapter of ours is merged at 1 only, or by tiedlora merge, which needs no ranks"
+        raise UsageError("tensor_model_parallel_size", ranks, way_out)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    cfg.lora_model_path = f"{folder}/lora.nemo"
+    export(Path(adapter), Path(base), "nemo-lora", Path(cfg.lora_model_path), "float32", None, False)
 
 
 def _check_machine(trainer: DictConfig) -> None:
