@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's own command: every sample's result is that of its model hf on the same weights."""
+"""lm-evaluation-harness's own command: every sample's result is that of its model hf with the exported adapter."""
 
 import json
 import os
@@ -7,11 +7,15 @@ from pathlib import Path
 
 import forked
 import pytest
+import twins
 import yaml
+from random_adapters import adapter_for
 from saved_models import TOKENS, save
 
-pytest.importorskip("lm_eval")
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.taken_over import take_over
+
+pytest.importorskip("lm_eval")
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("BENCHMARK_DATA_ROOT", ROOT.parent / "shared" / "data"))
@@ -54,7 +58,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """With the tasks, a model as transformers saved it, and the same as a base."""
+    """With the tasks, a model as transformers saved it and as a base, and an adapter as ours and as PEFT's."""
     if not DATA.is_dir():
         pytest.skip(f"no rows in {DATA}")
     path = tmp_path_factory.mktemp("lm_eval")
@@ -69,6 +73,8 @@ def folder(tmp_path_factory):
         )
     save(path / "saved", "llama", vocab_size=TOKENS)
     take_over(path / "saved", path / "base.nemo")
+    adapter_for(path / "base.nemo", path / "adapter", "tied_lora", target_modules=["all"], alpha=8.0)
+    twins.exported(path / "adapter", path / "base.nemo", "peft-lora", path / "peft")
     return path
 
 
@@ -94,12 +100,12 @@ def run(folder, *arguments, out):
 def test_every_sample_is_as_with_hf(folder):
     code, err, expected = run(
         folder, "-m", "lm_eval", "--model", "hf", "--batch_size", 3, "--device", "cpu",
-        "--model_args", "pretrained=saved,dtype=float32", out="theirs",
+        "--model_args", "pretrained=saved,dtype=float32,peft=peft", out="theirs",
     )  # fmt: skip
     assert code == 0, err[-3000:]
     code, err, found = run(
         folder, "-m", "nemo_tiedlora", "lm-eval", "--model", "nemo_tiedlora", "--batch_size", 2,
-        "--model_args", "base=base.nemo", out="ours",
+        "--model_args", "base=base.nemo,adapter=adapter", out="ours",
     )  # fmt: skip
     assert code == 0, err[-3000:]
     assert len(expected) == sum(count for _, count, _ in TASKS.values()) and expected.keys() == found.keys()
@@ -113,3 +119,25 @@ def test_every_sample_is_as_with_hf(folder):
                 assert float(one[0]) == pytest.approx(float(other[0]), rel=1e-4, abs=1e-3), (task, number)
                 assert one[1] == other[1]
     assert len({str(value) for (task, _), value in found.items() if task == "answer"}) > 1
+
+
+def test_a_mistake_is_one_line(folder, monkeypatch):
+    arguments = "base=base.nemo,adaptor=adapter"
+    code, err, _ = run(
+        folder, "-m", "nemo_tiedlora", "lm-eval", "--model", "nemo_tiedlora", "--model_args", arguments, out="none"
+    )
+    assert code == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: model_args.adaptor='adapter': did you mean 'adapter'"), err[-2000:]
+
+    from nemo_tiedlora.job.lm_eval_model import NeMoLM
+
+    monkeypatch.chdir(folder)
+    for given, said in (
+        ({"base": "none.nemo"}, "none.nemo"),
+        ({"base": "base.nemo", "adapter": "none"}, "'none'"),
+        ({"base": "base.nemo", "max_length": 0}, "max_length=0: must be"),
+        ({"base": "base.nemo", "batch_size": "auto"}, "batch_size='auto': must be"),
+        ({"base": "base.nemo", "precision": "8"}, "precision='8'"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            NeMoLM(**given)
