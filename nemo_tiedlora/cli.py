@@ -70,6 +70,9 @@ def run_script(context: typer.Context) -> None:
     if not context.args or context.args[0] in ("--help", "-h"):
         print(context.get_help())
         return
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
     from nemo_tiedlora.job import stock_script
 
     script, *arguments = context.args
@@ -83,6 +86,9 @@ def lm_eval(context: typer.Context) -> None:
 
     if not find_spec("lm_eval"):
         raise UsageError("lm-eval", None, "lm-evaluation-harness is not installed: pip install lm_eval")
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
     from nemo_tiedlora.job import lm_eval_model
 
     lm_eval_model.main(context.args)

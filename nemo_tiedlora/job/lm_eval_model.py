@@ -4,7 +4,7 @@ tiedlora lm-eval --model nemo_tiedlora --model_args base=base.nemo,adapter=adapt
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from lm_eval.models.utils import (
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
-from tqdm import tqdm
 
+from nemo_tiedlora.console import progress
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.errors import UsageError, check_choice, closest
 from nemo_tiedlora.job.generate import generator
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
 
 @register_model("nemo_tiedlora")
 class NeMoLM(TemplateLM):
-    """A base with an adapter or without, in one process.
+    """A base with an adapter or without, in one process, which stays NeMo's host (``platform.host``) to its end.
 
     Args:
         base: a ``.nemo``, or the folder of a Hugging Face model; by default the built-in base.
@@ -151,8 +151,7 @@ class NeMoLM(TemplateLM):
                 raise UsageError("max_length", self.max_length, f"a continuation has {len(continuation)} tokens")
             rows.append((number, texts, (context + continuation)[-self.max_length - 1 :], len(continuation)))
         rows.sort(key=lambda row: -len(row[2]))  # the longest first: what does not fit is known at once
-        bar = tqdm(total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests")
-        for batch in _batches(rows, self.batch_size):
+        for batch in self._batches(rows, "scoring"):
             scored = self._logits([whole[:-1] for _, _, whole, _ in batch], [length for *_, length in batch])
             for (number, texts, whole, length), logits in zip(batch, scored, strict=True):
                 answer = torch.tensor(whole[-length:], device=logits.device)
@@ -160,8 +159,6 @@ class NeMoLM(TemplateLM):
                 results[number] = likely.sum().item(), bool((logits.argmax(-1) == answer).all())
                 if texts is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, results[number])
-            bar.update(len(batch))
-        bar.close()
         return results
 
     def _logits(self, rows: list[list[int]], lengths: list[int]) -> Iterator[torch.Tensor]:
@@ -195,7 +192,6 @@ class NeMoLM(TemplateLM):
         alike: dict[str, list[tuple[int, list[int]]]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append((number, self.tok_encode(request.args[0])))
-        bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests")
         for rows in alike.values():
             rows.sort(key=lambda row: -len(row[1]))
             asked = requests[rows[0][0]].args[1]
@@ -207,15 +203,17 @@ class NeMoLM(TemplateLM):
             for name in settings:
                 if name not in SAMPLING:
                     raise UsageError(f"gen_kwargs.{name}", settings[name], closest(name, SAMPLING))
-            for batch in _batches(rows, self.batch_size):
+            for batch in self._batches(rows, "answering"):
                 contexts = [context[tokens - self.max_length :] for _, context in batch]
                 for (number, _), new in zip(batch, self._continued(contexts, tokens, settings), strict=True):
                     text = self.tokenizer.decode(new, skip_special_tokens=True)
                     results[number] = postprocess_generated_text(text, ends, None)
                     self.cache_hook.add_partial("generate_until", requests[number].args, results[number])
-                bar.update(len(batch))
-        bar.close()
         return results
+
+    def _batches(self, rows: Sequence[Any], task: str) -> Iterable[Sequence[Any]]:
+        starts = range(0, len(rows), self.batch_size)
+        return progress((rows[start : start + self.batch_size] for start in starts), task, len(starts))
 
     def _continued(self, contexts: list[list[int]], tokens: int, settings: dict[str, Any]) -> Iterator[list[int]]:
         """What follows each context: at most so many tokens, up to the end of the text."""
@@ -240,10 +238,6 @@ class NeMoLM(TemplateLM):
         for context, ids in zip(contexts, said["token_ids"], strict=True):
             new = ids[len(context) :][:tokens]
             yield new[: [*new, self.eot_token_id].index(self.eot_token_id)]
-
-
-def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 class _Plain:

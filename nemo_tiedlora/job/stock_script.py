@@ -28,7 +28,6 @@ from nemo_tiedlora.job.settings import ACCELERATORS, NO_GPU, check_gpus
 from nemo_tiedlora.model.config import nemo_config
 from nemo_tiedlora.own_methods import LOADED, OPTION
 from nemo_tiedlora.platform.patch import Patch, Restore, patch
-from nemo_tiedlora.platform.threads import wait_passively
 from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, config_for
 
 
@@ -44,7 +43,6 @@ def run(script: Path, arguments: list[str]) -> None:
         raise UsageError("script", str(script), "no such file")
     if script.suffix != ".py":
         raise UsageError("script", str(script), "not a Python file (.py)")
-    wait_passively()
     path = str(script.resolve())
     sys.argv = [path, *arguments]
     sys.path.insert(0, str(Path(path).parent))
