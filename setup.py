@@ -58,5 +58,8 @@ setup(
         "transformers>=4.51,<5",
         "typer>=0.12.5",
     ],
-    extras_require={"test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval"]},
+    extras_require={
+        "lm_eval": ["lm_eval>=0.4.13,<0.5"],
+        "test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval"],
+    },
 )

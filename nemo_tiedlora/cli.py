@@ -64,6 +64,36 @@ def generate(context: typer.Context) -> None:
     scripts.run("megatron_gpt_generate.py", "tiedlora generate", context.args)
 
 
+@app.command(name="run", cls=Script)
+def run_script(context: typer.Context) -> None:
+    """Run a NeMo script as it is, with every scheme added to NeMo: tiedlora run SCRIPT.py ARGUMENTS."""
+    if not context.args or context.args[0] in ("--help", "-h"):
+        print(context.get_help())
+        return
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
+    from nemo_tiedlora.job import stock_script
+
+    script, *arguments = context.args
+    stock_script.run(Path(script), arguments)
+
+
+@app.command(name="lm-eval", cls=Script)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with its model nemo_tiedlora: --model_args base=BASE.nemo,adapter=ADAPTER.nemo."""
+    from importlib.util import find_spec
+
+    if not find_spec("lm_eval"):
+        raise UsageError("lm-eval", None, "lm-evaluation-harness is not installed: pip install lm_eval")
+    from nemo_tiedlora.platform.threads import wait_passively
+
+    wait_passively()
+    from nemo_tiedlora.job import lm_eval_model
+
+    lm_eval_model.main(context.args)
+
+
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """Every method by name, with its settings in JSON."""

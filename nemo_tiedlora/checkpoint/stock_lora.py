@@ -47,7 +47,7 @@ def write(lora: PlainLora, out: Path, dtype: torch.dtype) -> dict[str, Any]:
         place = f"model.decoder.layers.{layer}.{inside}.adapter_layer.{name}"
         padded = pair.padded(rank)
         state[f"{place}.linear_in.weight"] = padded.A.to(dtype)
-        state[f"{place}.linear_out.weight"] = padded.B.to(dtype)
+        state[f"{place}.linear_out.weight"] = (lora.scale * padded.B).to(dtype)
     _write(lora, out, state, sorted({target for _, target, *_ in found}), rank)
     return {"parameters": sum(tensor.numel() for tensor in state.values()), "modules": len(found), "rank": rank}
 
@@ -58,7 +58,7 @@ def _write(lora: PlainLora, out: Path, state: dict[str, torch.Tensor], targets: 
         "variant": "nemo",
         "target_modules": targets,
         "adapter_dim": rank,
-        "alpha": lora.scale * rank,
+        "alpha": rank,  # the scale is in B: NVIDIA's merge script multiplies B and A only
         "adapter_dropout": lora.adapter.config.dropout,
         "column_init_method": "xavier",
         "row_init_method": "zero",

@@ -40,10 +40,10 @@ def prepare_hydra() -> None:
 
     OmegaConf.register_new_resolver("demo", demo, replace=True)
     OmegaConf.register_new_resolver("best", lambda metric: "min" if metric in ("loss", "wer") else "max", replace=True)
-    ConfigStore.instance().store("methods", _sections(), package="model.peft")
+    ConfigStore.instance().store("methods", sections(), package="model.peft")
 
 
-def _sections() -> dict[str, dict[str, Any]]:
+def sections() -> dict[str, dict[str, Any]]:
     """The section of every method under ``model.peft``, with its defaults."""
     from nemo_tiedlora.variants import METHODS
 
@@ -154,7 +154,7 @@ def _explain(error: Exception, config_path: Path, config_name: str) -> str:
     if not mistyped:
         return " ".join(str(error).split())
     written = OmegaConf.load(config_path / f"{config_name}.yaml")
-    section = OmegaConf.merge({"model": {"peft": _sections()}}, written) if "model" in written else written
+    section = OmegaConf.merge({"model": {"peft": sections()}}, written) if "model" in written else written
     for name in mistyped[1].split("."):
         if not isinstance(section, DictConfig):
             return f"{mistyped[1]}: {name!r} is below a setting that has no parts"

@@ -27,6 +27,7 @@ SCHEDULES = (
 METRICS = ("loss", "exact_string_match", "rouge")
 PRECISIONS = ("32", "32-true", "bf16", "bf16-mixed", "16", "16-mixed")
 ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
+NO_GPU = "there is no GPU here; set it to cpu or auto"
 GRANULARITIES = ("selective", "full")
 RECOMPUTE_METHODS = ("uniform", "block")
 CHAT_PROMPT_TOKENS = ("system_turn_start", "turn_start", "label_start", "end_of_turn", "end_of_name")
@@ -244,7 +245,7 @@ def _check_ranks(cfg: DictConfig) -> int:
         way_out = f"torchrun started {started} processes: devices times num_nodes must be that"
         raise UsageError("trainer.devices", trainer.devices, way_out)
     if trainer.get("accelerator") in ("gpu", "cuda", "auto"):
-        _check_gpus(trainer)
+        check_gpus(trainer)
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     sizes = {name: model.get(name) or 1 for name in names}
     parallel = math.prod(sizes.values())
@@ -255,14 +256,15 @@ def _check_ranks(cfg: DictConfig) -> int:
     return world // parallel
 
 
-def _check_gpus(trainer: DictConfig) -> None:
+def check_gpus(trainer: DictConfig) -> None:
+    """Raise ``UsageError`` for GPUs that are not here, in a trainer's config that asks for some."""
     import torch
 
-    there = torch.cuda.device_count()
+    there, devices = torch.cuda.device_count(), trainer.get("devices")
     if not there and trainer.accelerator != "auto":
-        raise UsageError("trainer.accelerator", trainer.accelerator, "there is no GPU here; set it to cpu or auto")
-    if there and trainer.devices > there:
-        raise UsageError("trainer.devices", trainer.devices, f"there are {there} GPUs here")
+        raise UsageError("trainer.accelerator", trainer.accelerator, NO_GPU)
+    if there and isinstance(devices, int) and devices > there:
+        raise UsageError("trainer.devices", devices, f"there are {there} GPUs here")
 
 
 def _check_batches(section: DictConfig, field: str, ranks: int) -> None:

@@ -26,6 +26,9 @@ from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.parallel.cut import cut, has_parts, join, tensor_ranks
 from nemo_tiedlora.variants import Site, TensorSpec
 
+#: The settings of ``model.data.train_ds`` that NeMo's generation script takes from an adapter's config.
+PROMPTS = ("prompt_template", "label_key", "truncation_field", "add_bos", "add_eos", "add_sep")
+
 
 def gather(model: NLPAdapterModelMixin, scheme: str | None = None, frozen: bool = False) -> Adapter:
     """The model's adapter, whole. All ranks must call it together, and each gets the same.
@@ -190,12 +193,15 @@ def save_to(self, stock, model, save_path):
 
 def _config(model: NLPAdapterModelMixin, adapter: Adapter) -> str:
     """The model's config as YAML, without what the adapter does not depend on: layout, data and optimizer of the run,
-    and where the base's tokenizer was unpacked."""
+    and where the base's tokenizer was unpacked. What NeMo's generation script wants of it stays: how rows become
+    prompts, and that an optimizer has a name."""
     config = OmegaConf.create(OmegaConf.to_container(model.cfg))
+    rows = (config.get("data") or {}).get("train_ds") or {}
+    prompts = {name: rows[name] for name in PROMPTS if name in rows}
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         config[name] = 1
-    config.update(virtual_pipeline_model_parallel_size=None, sequence_parallel=False, data={}, peft={})
-    config.pop("optim", None)
+    config.update(virtual_pipeline_model_parallel_size=None, sequence_parallel=False, peft={})
+    config.data, config.optim = {"train_ds": prompts} if prompts else {}, {"name": None}
     for name, value in config.tokenizer.items():
         if isinstance(value, str):
             config.tokenizer[name] = Path(value).name
