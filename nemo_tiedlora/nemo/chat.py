@@ -64,7 +64,7 @@ class ChatDataset(JsonRows, GPTSFTChatDataset):
             "input_ids": torch.tensor(ids),
             "mask": torch.tensor(learned),
             "context_ids": torch.tensor(ids[:answer]),
-            "answer_ids": torch.tensor(ids[answer:]),
+            "answer_ids": torch.tensor(self._said(ids[answer:])),
             "metadata": {
                 name: value
                 for name, value in example.items()
@@ -75,6 +75,10 @@ class ChatDataset(JsonRows, GPTSFTChatDataset):
     def learned(self, processed: dict) -> list[bool]:
         """Which tokens of a row's ``input_ids`` the loss is computed on."""
         return processed["mask"].tolist()
+
+    def _said(self, answer: list[int]) -> list[int]:
+        """An answer to its end: a generated one stops there, and a template may write a line break after it."""
+        return answer[: answer.index(self.tokenizer.eos_id) + 1] if self.tokenizer.eos_id in answer else answer
 
     def _length(self, ids: list[int], learned: list[bool]) -> int:
         """Tokens of a row, with room for an answer to be generated."""

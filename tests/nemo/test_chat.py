@@ -105,6 +105,8 @@ def test_a_chat_template_writes_the_turns_and_the_answers_are_found(tmp_path):
         "<|im_start|>user\nHé?<|im_end|>\n<|im_start|>assistant\n«Kate ✓<|im_end|>\n»"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n«Ben<|im_end|>\n»"
     )
+    # A generated answer, with which it is compared, has no line break after its end.
+    assert chat.tokenizer.tokenizer.decode(chat.row(0)["answer_ids"]) == "Ben<|im_end|>"
 
 
 def test_a_template_with_generation_marks_says_itself_what_is_learned(tmp_path):
