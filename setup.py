@@ -55,11 +55,13 @@ setup(
         "scipy",
         "sentencepiece",
         "tensorboard",
+        "tokenizers",
         "transformers>=4.51,<5",
         "typer>=0.12.5",
     ],
     extras_require={
+        "gguf": ["gguf>=0.17"],  # for quantised weights in GGUF files, smollm2's among them
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],
-        "test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval"],
+        "test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval", "gguf>=0.17"],
     },
 )

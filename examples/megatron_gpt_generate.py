@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none reads --file or standard input.")] = None,
-    base: Annotated[Path | None, typer.Option(help="Base model (.nemo); by default the built-in one.")] = None,
+    base: console.BaseName = "builtin",
     adapter: Annotated[Path | None, typer.Option(help="Adapter (.nemo) to put on the base.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens per prompt, at most.", min=1)] = 32,
@@ -44,12 +44,11 @@ def main(
 
 
 def run(texts, base, adapter, tokens, temperature, top_p, batch_size, precision, as_json, verbose):
-    from nemo_tiedlora.embedded import base as embedded_base
+    from nemo_tiedlora.huggingface.bases import BUILTIN
     from nemo_tiedlora.job.generate import generator
     from nemo_tiedlora.platform.threads import use_one_thread
 
-    if base is None:
-        base = embedded_base.base()
+    if base == BUILTIN:
         use_one_thread()
     with generator(base, adapter, precision, verbose) as loaded:
         completions = loaded.generate(texts, tokens, temperature, top_p, batch_size)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora.console import AsJson, progress, show
+from nemo_tiedlora.console import AsJson, BaseName, progress, show
 from nemo_tiedlora.errors import UsageError, check_choice
 
 app = typer.Typer(
@@ -14,14 +14,13 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Base = Annotated[Path, typer.Option(help="Base model (.nemo).")]
 Adapter = Annotated[Path, typer.Option(help="A saved adapter (.nemo).")]
 Out = Annotated[Path, typer.Option(help="Heat map to write (.png); the numbers take the same name with .json.")]
 
 
 @app.command()
 def layers(
-    base: Base,
+    base: BaseName,
     data: Annotated[Path, typer.Option(help="Calibration text: JSONL or plain text, one sample per line.")],
     samples: Annotated[int, typer.Option(help="Texts to use.", min=1)] = 256,
     field: Annotated[str, typer.Option(help="Field of the JSONL rows.")] = "text",
@@ -35,12 +34,12 @@ def layers(
     check_choice("similarity", similarity, ("angular", "cosine"))
     from nemo_tiedlora.analysis.heatmap import Panel
     from nemo_tiedlora.analysis.layers import off_diagonal_mean
+    from nemo_tiedlora.huggingface.bases import find
     from nemo_tiedlora.job import calibrate
-    from nemo_tiedlora.model.config import nemo_config
 
-    nemo_config(base, "base")
+    found = find(base)
     texts = calibrate.read_texts(data, samples, field)
-    matrix = calibrate.layer_similarity(base, texts, length, similarity)
+    matrix = calibrate.layer_similarity(found.file(), texts, length, similarity)
     numbers = {"average": off_diagonal_mean(matrix), "similarity": matrix}
     names = range(len(matrix))
     panel = Panel(matrix, "Similarity of layer outputs", names, names)
@@ -49,7 +48,7 @@ def layers(
 
 @app.command()
 def subspace(
-    base: Base,
+    base: BaseName,
     adapter: Adapter,
     other: Annotated[Path | None, typer.Option(help="Adapter (.nemo) to compare with; without it, W itself.")] = None,
     out: Out = Path("subspace.png"),
@@ -63,16 +62,20 @@ def subspace(
     import torch
 
     from nemo_tiedlora.analysis import subspace as subspaces
+    from nemo_tiedlora.huggingface.bases import find
     from nemo_tiedlora.job.loaded import adapted_layers, check_adapted
 
-    check_adapted(base, adapter, "adapter")
+    found = find(base)
+    check_adapted(found.config, adapter, "adapter")
     if other:
-        check_adapted(base, other, "other")
-    adapted = adapted_layers(base, adapter)
+        check_adapted(found.config, other, "other")
+    adapted = adapted_layers(found.file(), adapter)
     ours = {site: subspaces.adapter_vectors(layer.factors) for site, layer in adapted.items()}
     if other:
         adapted = None  # one base in memory is enough
-        theirs = {site: subspaces.adapter_vectors(one.factors) for site, one in adapted_layers(base, other).items()}
+        theirs = {
+            site: subspaces.adapter_vectors(one.factors) for site, one in adapted_layers(found.file(), other).items()
+        }
     else:
         theirs = {
             site: subspaces.weight_vectors(layer.weight(torch.float64), len(layer.factors.A))
@@ -90,16 +93,18 @@ def subspace(
 
 
 @app.command()
-def conversion(base: Base, adapter: Adapter, out: Out = Path("conversion.png"), as_json: AsJson = False) -> None:
+def conversion(base: BaseName, adapter: Adapter, out: Out = Path("conversion.png"), as_json: AsJson = False) -> None:
     """How similar the layers' conversion matrices from W to A and to B are, beside random ones (CondLoRA, figure 1)."""
     _start(out)
     import torch
 
     from nemo_tiedlora.analysis import conversion as conversions
+    from nemo_tiedlora.huggingface.bases import find
     from nemo_tiedlora.job.loaded import adapted_layers, check_adapted
 
-    check_adapted(base, adapter, "adapter")
-    adapted = adapted_layers(base, adapter)
+    found = find(base)
+    check_adapted(found.config, adapter, "adapter")
+    adapted = adapted_layers(found.file(), adapter)
     matrices = {
         site: conversions.conversion_matrices(layer.weight(torch.float64), layer.factors)
         for site, layer in progress(adapted.items(), "inverting W", len(adapted))

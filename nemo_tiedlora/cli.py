@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from nemo_tiedlora import __version__, analyze, console, own_methods, scripts
-from nemo_tiedlora.console import AsJson, show
+from nemo_tiedlora.console import BASES, AsJson, BaseName, show
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.export import Dtype, Format
 
@@ -119,7 +119,7 @@ def params(
         list[str] | None, typer.Option("--set", help="Any other setting of the scheme, as name=value; repeatable.")
     ] = None,
     targets: Annotated[str, typer.Option(help="Target modules, separated by commas.")] = "attention_qkv",
-    base: Annotated[Path | None, typer.Option(help="Take the shape from this .nemo.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"Take the shape from this base: {BASES}, or smollm2.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads; needed with --query-groups.")] = None,
@@ -133,12 +133,13 @@ def params(
 
     from omegaconf import OmegaConf
 
-    from nemo_tiedlora.model.config import nemo_config
     from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.variants import config_for
 
     if base:
-        model = nemo_config(base, "base")
+        from nemo_tiedlora.huggingface.bases import find
+
+        model = find(base).config
     else:
         if query_groups is None and heads is None:
             heads = 1  # without query groups the projections' sizes do not depend on it
@@ -150,7 +151,7 @@ def params(
         }
         for name, value in shape.items():
             if value is None or value < 1:
-                raise UsageError(name, value, "must be at least 1; or take the shape from --base FILE.nemo")
+                raise UsageError(name, value, "must be at least 1; or take the shape from --base")
         if hidden % heads or (query_groups is not None and (query_groups < 1 or heads % query_groups)):
             raise UsageError("heads", heads, f"must divide hidden ({hidden}) and be a multiple of query groups")
         model = OmegaConf.create(
@@ -206,7 +207,7 @@ def inspect(
 
 @app.command()
 def groups(
-    base: Annotated[Path, typer.Option(help="Base model (.nemo).")],
+    base: BaseName,
     data: Annotated[Path, typer.Option(help="Calibration text: JSONL or plain text, one sample per line.")],
     samples: Annotated[int, typer.Option(help="Texts to use, drawn from all.", min=1)] = 256,
     seed: Annotated[int, typer.Option(help="Of the draw.", min=0)] = 1234,
@@ -227,8 +228,8 @@ def groups(
     from nemo_tiedlora.analysis.heatmap import Panel, draw
     from nemo_tiedlora.errors import check_choice
     from nemo_tiedlora.files import check_output, sha256_of, write_text
+    from nemo_tiedlora.huggingface.bases import find
     from nemo_tiedlora.job import calibrate
-    from nemo_tiedlora.model.config import nemo_config
     from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.platform.threads import wait_passively
     from nemo_tiedlora.variants import SharedConfig
@@ -237,7 +238,8 @@ def groups(
     wait_passively()
     check_choice("similarity", similarity, ("angular", "cosine"))
     check_choice("grouping", grouping, GROUPINGS)
-    model_config = nemo_config(base, "base")
+    found_base = find(base)
+    model_config = found_base.config
     if out.suffix != ".json":
         raise UsageError("out", str(out), "must end in .json; the heat map takes the same name with .png")
     check_output(out.parent, "out")
@@ -246,7 +248,8 @@ def groups(
     settings = {"rank": rank, "target_modules": targets.split(","), "rank_expansion": expansion}
     sizes(SharedConfig(groups=[], **settings), model_config)  # refuses bad settings before the base is loaded
 
-    matrix = calibrate.layer_similarity(base, texts, length, similarity)
+    path = found_base.file()
+    matrix = calibrate.layer_similarity(path, texts, length, similarity)
     found = GROUPINGS[grouping](matrix, threshold)
     counted = sizes(SharedConfig(groups=found, **settings), model_config)
     result = {
@@ -263,7 +266,7 @@ def groups(
             "seed": seed,
             "length": length,
         },
-        "base_sha256": sha256_of(base),
+        "base_sha256": sha256_of(path),
         "similarity": matrix,
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
@@ -277,7 +280,7 @@ def groups(
 
 @app.command()
 def merge(
-    base: Annotated[Path, typer.Option(help="Base model (.nemo).")],
+    base: BaseName,
     adapter: Annotated[Path, typer.Option(help="Adapter: a .nemo or a folder.")],
     out: Annotated[Path, typer.Option(help="The .nemo to write.")],
     unmerge: Annotated[bool, typer.Option("--unmerge", help="Take the adapter out of a merged base.")] = False,
@@ -287,22 +290,22 @@ def merge(
     """Write an adapter into its base: an ordinary .nemo that needs no adapter, and no more memory than one weight."""
     from nemo_tiedlora.checkpoint import merge as merging
     from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.huggingface.bases import base_at
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
     if out.suffix != ".nemo":
         raise UsageError("out", str(out), "must end in .nemo")
-    if out.resolve() in (base.resolve(), adapter.resolve()):
-        raise UsageError("out", str(out), "would replace what it is made from; give it another name")
+    _check_new(out, adapter, base)
     check_output(out.parent, "out")
-    show((merging.unmerge if unmerge else merging.merge)(base, adapter, out, force), as_json)
+    show((merging.unmerge if unmerge else merging.merge)(base_at(base), adapter, out, force), as_json)
 
 
 @app.command()
 def convert(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter as NeMo saves it (.nemo), of one rank or many.")],
     out: Annotated[Path, typer.Option(help="A folder to write, or a .nemo.")],
-    base: Annotated[Path | None, typer.Option(help="Record this base (.nemo) as the one it was trained on.")] = None,
+    base: Annotated[str | None, typer.Option(help=f"Record this base as the one it was trained on: {BASES}.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take a LoRA adapter in NeMo's own format over as one of scheme tied_lora, preset LoRA, in one file."""
@@ -316,8 +319,11 @@ def convert(
     check_output(out.parent, "out")
     converted = legacy.convert(adapter)
     if base:
-        with open_base(base) as opened:
-            check_shape(converted.shape, opened.config, "base", base)
+        from nemo_tiedlora.huggingface.bases import find
+
+        found = find(base)
+        check_shape(converted.shape, found.config, "base", base)
+        with open_base(found.file()) as opened:
             converted = replace(converted, base=Base.of(opened.config, opened.checksums(converted.paths)))
     sha256 = write(converted, out)
     parameters = sum(tensor.numel() for tensor in converted.tensors.values())
@@ -328,7 +334,7 @@ def convert(
 @app.command()
 def export(
     adapter: Annotated[Path, typer.Argument(help="A saved adapter of any method: a .nemo or a folder.")],
-    base: Annotated[Path, typer.Option(help="The base it was trained on.")],
+    base: BaseName,
     out: Annotated[Path, typer.Option(help="A folder to write; a .nemo for nemo-lora, a .gguf for gguf-lora.")],
     form: Annotated[
         Format,
@@ -344,42 +350,47 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter of any method as one that others read: its factors, layer by layer, as a plain LoRA."""
+    from nemo_tiedlora.huggingface.bases import base_at
     from nemo_tiedlora.huggingface.export import export
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
-    show(export(adapter, base, form, out, dtype, base_name, force), as_json)
+    _check_new(out, adapter, base)
+    show(export(adapter, base_at(base), form, out, dtype, base_name, force), as_json)
 
 
 @app.command(name="import-peft")
 def import_peft(
     adapter: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
-    base: Annotated[Path, typer.Option(help="The base that is the model it was trained on.")],
+    base: BaseName,
     out: Annotated[Path, typer.Option(help="A folder to write, or a .nemo.")],
     as_json: AsJson = False,
 ) -> None:
     """Take a LoRA, DoRA or VeRA adapter of Hugging Face PEFT over as one of ours."""
     from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.huggingface.bases import base_at
     from nemo_tiedlora.huggingface.peft_import import import_peft
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
     check_output(out.parent, "out")
-    show(import_peft(adapter, base, out), as_json)
+    show(import_peft(adapter, base_at(base), out), as_json)
 
 
 @app.command(name="import-hf")
 def import_hf(
-    model: Annotated[Path, typer.Argument(help="Folder with config.json, *.safetensors and tokenizer.json.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder with config.json, *.safetensors and tokenizer.json; or a GGUF file.")
+    ],
     out: Annotated[Path, typer.Option(help="The .nemo to write.")],
     vocab_divisible_by: Annotated[
         int, typer.Option(help="Add rows of zeros to the vocabulary up to a multiple of this.", min=1, max=2**16)
     ] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Take a Hugging Face model over as a base: Llama 1 to 3.x, SmolLM 1 and 2, Mistral without a sliding window,
-    Qwen2, Qwen2.5, Qwen3, Gemma 1, GPT-2. Any other, and any setting that would compute something else, is refused by
-    name."""
+    """Take a Hugging Face model or a GGUF file over as a base: Llama 1 to 3.x, SmolLM 1 and 2, Mistral without a
+    sliding window, Qwen2, Qwen2.5, Qwen3, Gemma 1, GPT-2. Any other, and any setting that would compute something else,
+    is refused by name."""
     from nemo_tiedlora.files import check_output
     from nemo_tiedlora.huggingface.taken_over import take_over
 
@@ -391,17 +402,18 @@ def import_hf(
 
 @app.command(name="export-hf")
 def export_hf(
-    base: Annotated[Path, typer.Argument(help="Base model (.nemo).")],
+    base: Annotated[str, typer.Argument(help=f"Base model: {BASES}, or smollm2, or builtin.")],
     out: Annotated[Path, typer.Option(help="The folder to write, which is new or empty.")],
     as_json: AsJson = False,
 ) -> None:
     """Write a base as a folder that transformers loads, bit by bit the one it was made of; the built-in base and others
     too, if a Llama, Qwen2, Qwen3, Gemma 1 or GPT-2 computes the same. Any other is refused by what differs."""
     from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.huggingface.bases import base_at
     from nemo_tiedlora.huggingface.given_back import give_back
 
     check_output(out.parent, "out")
-    show(give_back(base, out), as_json)
+    show(give_back(base_at(base), out), as_json)
 
 
 @app.command()
@@ -413,6 +425,11 @@ def table(as_json: AsJson = False) -> None:
         print(json.dumps([cell._asdict() for cell in paper_table.cells()], indent=2))
     else:
         print(paper_table.markdown(), end="")
+
+
+def _check_new(out: Path, adapter: Path, base: str) -> None:
+    if out.resolve() in (Path(base).resolve(), adapter.resolve()):
+        raise UsageError("out", str(out), "would replace what it is made from; give it another name")
 
 
 def _settings(given: list[str]) -> dict:

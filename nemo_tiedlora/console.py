@@ -11,6 +11,9 @@ import typer
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.ranks import is_first_rank
 
+#: What a base can be given as, besides a name.
+BASES = "a .nemo, a Hugging Face model's folder or a GGUF file"
+BaseName = Annotated[str, typer.Option(help=f"Base model: {BASES}, or smollm2, or builtin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Item = TypeVar("Item")
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_tiedlora import __version__
-    from nemo_tiedlora.console import AsJson, show
+    from nemo_tiedlora.console import AsJson, BaseName, show
     from nemo_tiedlora.console import run as run_command
-    from nemo_tiedlora.embedded.base import base as builtin_base
     from nemo_tiedlora.embedded.tasks import TASKS as BUILTIN_TASKS
     from nemo_tiedlora.embedded.tasks import rows as builtin_rows
     from nemo_tiedlora.errors import UsageError, check_choice, closest
     from nemo_tiedlora.files import check_output, replacing, sha256_of, write_text
+    from nemo_tiedlora.huggingface.bases import BUILTIN, base_at
     from nemo_tiedlora.job.workbench import Job, Workbench, workbench
     from nemo_tiedlora.model.config import nemo_config
     from nemo_tiedlora.model.sizes import check_fit, lora_size, sizes
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 #: Where each name lives, and what it is called there.
 _HOMES: dict[str, tuple[str, str]] = {
     "AsJson": ("nemo_tiedlora.console", "AsJson"),
+    "BUILTIN": ("nemo_tiedlora.huggingface.bases", "BUILTIN"),
     "BUILTIN_TASKS": ("nemo_tiedlora.embedded.tasks", "TASKS"),
+    "BaseName": ("nemo_tiedlora.console", "BaseName"),
     "EPILOG": ("nemo_tiedlora.own_methods", "EPILOG"),
     "Job": ("nemo_tiedlora.job.workbench", "Job"),
     "METHODS": ("nemo_tiedlora.variants", "METHODS"),
@@ -35,7 +37,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "UsageError": ("nemo_tiedlora.errors", "UsageError"),
     "Workbench": ("nemo_tiedlora.job.workbench", "Workbench"),
     "__version__": ("nemo_tiedlora", "__version__"),
-    "builtin_base": ("nemo_tiedlora.embedded.base", "base"),
+    "base_at": ("nemo_tiedlora.huggingface.bases", "base_at"),
     "builtin_rows": ("nemo_tiedlora.embedded.tasks", "rows"),
     "check_choice": ("nemo_tiedlora.errors", "check_choice"),
     "check_fit": ("nemo_tiedlora.model.sizes", "check_fit"),
@@ -57,17 +59,19 @@ _HOMES: dict[str, tuple[str, str]] = {
 }
 
 __all__ = [
+    "BUILTIN",
     "BUILTIN_TASKS",
     "EPILOG",
     "METHODS",
     "OF_YOUR_OWN",
     "AsJson",
+    "BaseName",
     "Job",
     "TiedConfig",
     "UsageError",
     "Workbench",
     "__version__",
-    "builtin_base",
+    "base_at",
     "builtin_rows",
     "check_choice",
     "check_fit",

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora.facade import AsJson, UsageError
+from nemo_tiedlora.facade import AsJson, BaseName, UsageError
 
-Base = Annotated[Path | None, typer.Option(help="Base model (.nemo); by default the built-in one.")]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", help="Folder with <dataset>/{train,validation,test}.jsonl.")
 ]
@@ -45,7 +44,7 @@ def run(
     rank: Annotated[int | None, typer.Option(help="By default the variant's first.", min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
     lr: Annotated[float | None, typer.Option(help="By default the best of the task's, by validation.")] = None,
-    base: Base = None,
+    base: BaseName = "builtin",
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
     variants_path: VariantsPath = None,
@@ -71,7 +70,7 @@ def sweep(
     ranks: Annotated[str | None, typer.Option(help="Separated by commas; by default each variant's first.")] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     lrs: Annotated[str | None, typer.Option(help="Learning rates; by default the task's candidates.")] = None,
-    base: Base = None,
+    base: BaseName = "builtin",
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
     variants_path: VariantsPath = None,
@@ -102,7 +101,7 @@ def _sweep(
     from benchmark_suite import registry
     from benchmark_suite.runner import sweep as sweeping
     from benchmark_suite.runner.runner import Runner
-    from nemo_tiedlora.facade import builtin_base, check_output, show, use_one_thread, wait_passively
+    from nemo_tiedlora.facade import BUILTIN, base_at, check_output, show, use_one_thread, wait_passively
 
     wait_passively()
     for folder in tasks_path or ():
@@ -111,10 +110,10 @@ def _sweep(
         registry.register_variants(folder)
     chosen = sweeping.variants_named(variants)
     with_data = sweeping.tasks_named(tasks, data_root, limit, steps=steps, max_seq_length=max_seq_length)
-    if not base:
+    if base == BUILTIN:
         use_one_thread()
     check_output(results, "results")
-    base = base or builtin_base()
+    base = base_at(base)
     cells = sweeping.matrix(with_data, chosen, base, ranks, seeds, rates, limit, str(precision))
     if part:
         cells = sweeping.part_of(cells, part)

@@ -1,4 +1,4 @@
-"""A model's folder becomes a base: ``.nemo`` with its weights, its config and its tokenizer."""
+"""A model's folder or GGUF file becomes a base: ``.nemo`` with its weights, its config and its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from nemo_tiedlora.console import note, progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import cache_folder, content_of, replacing
 from nemo_tiedlora.huggingface.families import CONFIG, family_of, model_config, read_config
+from nemo_tiedlora.huggingface.gguf_file import is_gguf
 from nemo_tiedlora.huggingface.parts import Part, fill, parts
 from nemo_tiedlora.huggingface.record import RECORD, recorded
 from nemo_tiedlora.huggingface.weights import DTYPES, Weights
@@ -38,8 +39,8 @@ COMPUTED = ("rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 
 
 def is_model(path: Path) -> bool:
-    """Whether there is a folder with a model's config."""
-    return (path / CONFIG).is_file()
+    """Whether there is a folder with a model's config, or a GGUF file."""
+    return (path / CONFIG).is_file() or is_gguf(path)
 
 
 class Model:
@@ -57,19 +58,19 @@ class Model:
 
     def __init__(self, folder: Path, vocabulary_divisible_by: int = 1):
         self.folder = folder
-        config = read_config(folder)
+        config = self._read_config()
         self.family, self.architecture = family_of(config), config["architectures"][0]
         self.config = model_config(config)
         self.vocabulary = config.get("vocab_size")
         if type(self.vocabulary) is not int or self.vocabulary < 1:
             raise UsageError("vocab_size", self.vocabulary, f"in {CONFIG}; must be a whole number above 0")
         self.rows = math.ceil(self.vocabulary / vocabulary_divisible_by) * vocabulary_divisible_by
-        self.weights = Weights(folder, self.family.modules.words.partition(".")[0])
+        self.weights = self._open_weights()
         self.shape = OmegaConf.create(self.config)
         self.parts = list(parts(self.family.modules, self.shape, self.vocabulary, self.rows))
         self._check_weights()
         self.config[RECORD] = recorded(folder, config)
-        self.tokenizer, self.settings, self.tokens = _tokenizer(folder, config)
+        self.tokenizer, self.settings, self.tokens = self._read_tokenizer(config)
         if self.tokens > self.rows:
             way_out = f"in {CONFIG}; the tokenizer has {self.tokens} tokens, for which there would be no weights"
             raise UsageError("vocab_size", self.vocabulary, way_out)
@@ -78,6 +79,15 @@ class Model:
         self.config["make_vocab_size_divisible_by"] = next(
             divisor for divisor in range(spare + 1, self.rows + 1) if self.rows % divisor == 0
         )
+
+    def _read_config(self) -> dict[str, Any]:
+        return read_config(self.folder)
+
+    def _open_weights(self) -> Weights:
+        return Weights(self.folder, self.family.modules.words.partition(".")[0])
+
+    def _read_tokenizer(self, config: dict[str, Any]) -> tuple[bytes, dict[str, Any], int]:
+        return _tokenizer(self.folder, config)
 
     def _check_weights(self) -> None:
         found = self.weights.shapes
@@ -150,9 +160,18 @@ class Model:
         return made
 
 
-def take_over(folder: Path, out: Path, vocabulary_divisible_by: int = 1) -> dict[str, Any]:
-    """Write the model in ``folder`` as a base, and say what it is; see ``Model``."""
-    model = Model(folder, vocabulary_divisible_by)
+def model_at(path: Path, vocabulary_divisible_by: int = 1) -> Model:
+    """The model in a folder or a GGUF file; see ``Model``."""
+    if not is_gguf(path):
+        return Model(path, vocabulary_divisible_by)
+    from nemo_tiedlora.huggingface.gguf_model import GgufModel
+
+    return GgufModel(path, vocabulary_divisible_by)
+
+
+def take_over(path: Path, out: Path, vocabulary_divisible_by: int = 1) -> dict[str, Any]:
+    """Write the model at ``path`` as a base, and say what it is; see ``Model``."""
+    model = model_at(path, vocabulary_divisible_by)
     model.write(out)
     return {
         "file": str(out),
@@ -181,16 +200,32 @@ def base_of(model: Model) -> Path:
     contents += [sha256(content).hexdigest() for content in (
         model.tokenizer, json.dumps([FORM, model.settings, model.config], sort_keys=True).encode()
     )]  # fmt: skip
+    name = f"huggingface-{sha256(' '.join(contents).encode()).hexdigest()[:16]}.nemo"
+    return kept(name, f"{model.folder} is taken over as", model.write)
+
+
+def kept(name: str, saying: str, make: Callable[[Path], None]) -> Path:
+    """The base of this name in the user's cache folder; where there is none, ``make`` writes it.
+
+    Of several processes that ask for it at once, one makes it.
+
+    Args:
+        saying: what is said before, followed by the file's path.
+
+    Raises:
+        UsageError: the cache folder cannot be written; or ``make`` does.
+    """
     try:
-        path = cache_folder() / f"huggingface-{sha256(' '.join(contents).encode()).hexdigest()[:16]}.nemo"
+        path = cache_folder() / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not path.exists():
-                note(f"{model.folder} is taken over as {path}")
-                model.write(path)
+        if not path.exists():
+            note(f"{saying} {path}")
+            with path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not path.exists():
+                    make(path)
     except (OSError, RuntimeError) as error:
-        way_out = f"the base made of {model.folder} cannot be kept there ({error}); set it to a folder that can be"
+        way_out = f"no base can be kept there ({error}); set it to a folder that can be written"
         raise UsageError("XDG_CACHE_HOME", os.environ.get("XDG_CACHE_HOME"), way_out) from None
     return path
 

@@ -16,11 +16,10 @@ from rich.text import Text
 from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.checkpoint.saved import saved_config
-from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.embedded import tasks as embedded_tasks
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import check_output, write_text
-from nemo_tiedlora.huggingface.taken_over import Model, base_of, is_model
+from nemo_tiedlora.huggingface.bases import BUILTIN, find
 from nemo_tiedlora.job.calibrate import Calibration, groups_file
 from nemo_tiedlora.job.inputs import check, check_scheme, scheme_of, under, without_groups
 from nemo_tiedlora.job.lock import hold
@@ -62,17 +61,12 @@ def finetune(cfg: DictConfig) -> Path:
         cfg.model.peft.peft_scheme = scheme_of(cfg)
     if cfg.model.peft.restore_from_path:
         _take_saved_settings(cfg)
-    path = cfg.model.restore_from_path
-    model = Model(Path(path)) if path and is_model(Path(path)) else None
-    if model:
-        base = OmegaConf.create(model.config)
-    else:
-        base = check_base(Path(path), "model.restore_from_path") if path else OmegaConf.create(embedded_base.MODEL)
+    named = cfg.model.restore_from_path or BUILTIN
+    found = find(named, "model.restore_from_path", check_base)
+    base = found.config
     method = checked(cfg, base)
-    if model:
-        path = base_of(model)
-    elif not path:
-        path = embedded_base.base()
+    path = found.file()
+    if named == BUILTIN:
         use_one_thread()
     folder = choose_folder(cfg, as_asked)
     check_output(folder, "exp_manager.exp_dir")
@@ -340,9 +334,10 @@ def _run(
         _write_allocations(model, folder)
         write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     say.samples(samples)
+    weighs = f", in a file of {adapter.stat().st_size:,} bytes" if adapter and trainer.is_global_zero else ""
     say(
         f"{scheme}: {metric} {_score(metric, facts.before)} before, {_score(metric, after)} after {facts.steps} steps\n"
-        f"trainable parameters: {trainable:,} ({percent:.1f} % of LoRA)\n"
+        f"trainable parameters: {trainable:,} ({percent:.1f} % of LoRA){weighs}\n"
         f"speed: {summary['tokens_per_second']:,} tokens/s, {facts.seconds:.1f} s of training\n"
         f"adapter: {adapter or 'not saved (exp_manager.create_checkpoint_callback is false)'}\n"
         f"{path}"

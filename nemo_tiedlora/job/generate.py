@@ -10,7 +10,7 @@ from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import check_base
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.huggingface.taken_over import Model, base_of, is_model
+from nemo_tiedlora.huggingface.bases import find
 from nemo_tiedlora.job.host_config import host_config
 from nemo_tiedlora.platform.quiet import quiet
 
@@ -58,19 +58,17 @@ class Generator:
 
 
 @contextmanager
-def generator(base: Path, adapter: Path | None = None, precision: str | int = 32, verbose: bool = False):
+def generator(base: str | Path, adapter: Path | None = None, precision: str | int = 32, verbose: bool = False):
     """Load a base and, on top of it, a saved adapter; inside the block the result can be used.
 
     Args:
-        base: a ``.nemo``, or the folder of a Hugging Face model.
+        base: as ``huggingface.bases`` takes it.
 
     Raises:
         UsageError: a file that is no ``.nemo``, or an adapter made for another base.
     """
-    base = Path(base)
-    if is_model(base):
-        base = base_of(Model(base))
-    shape = check_base(base, "base")
+    found = find(base, "base", check_base)
+    shape = found.config
     if not shape.get("mcore_gpt"):
         raise UsageError("base", str(base), "not a Megatron-core GPT (mcore_gpt is not set)")
     peft = OmegaConf.create({"peft_scheme": "none"})
@@ -79,12 +77,13 @@ def generator(base: Path, adapter: Path | None = None, precision: str | int = 32
     with open_dict(peft):
         peft.restore_from_path = str(adapter) if adapter else None
     cfg = host_config(precision, peft=peft)
+    path = found.file()
     with ExitStack() as stack:
         with quiet(not verbose):
             stack.enter_context(platform.host())
             from nemo_tiedlora.nemo.model import build_model, build_trainer
 
             trainer, _ = build_trainer(cfg, [])
-            model = build_model(cfg, base, trainer)
+            model = build_model(cfg, path, trainer)
             model.freeze()
         yield Generator(model, verbose)

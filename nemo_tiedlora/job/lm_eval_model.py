@@ -21,8 +21,8 @@ from lm_eval.models.utils import (
 )
 
 from nemo_tiedlora.console import progress
-from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.errors import UsageError, check_choice, closest
+from nemo_tiedlora.huggingface.bases import BUILTIN
 from nemo_tiedlora.job.generate import generator
 from nemo_tiedlora.job.settings import COUNT, PRECISIONS
 
@@ -45,7 +45,7 @@ class NeMoLM(TemplateLM):
     """A base with an adapter or without, in one process, which stays NeMo's host (``platform.host``) to its end.
 
     Args:
-        base: a ``.nemo``, or the folder of a Hugging Face model; by default the built-in base.
+        base: as ``huggingface.bases`` takes it.
         adapter: a ``.nemo`` or a folder.
         batch_size: rows per forward pass; no result depends on it.
         max_length: tokens of context and continuation together; by default the base's.
@@ -60,7 +60,7 @@ class NeMoLM(TemplateLM):
 
     def __init__(
         self,
-        base: str | None = None,
+        base: str = BUILTIN,
         adapter: str | None = None,
         batch_size: int | str = 1,
         max_length: int | None = None,
@@ -79,10 +79,8 @@ class NeMoLM(TemplateLM):
             value = int(value) if str(value).isdigit() else value
             if value is not None and not COUNT[0](value):
                 raise UsageError(name, value, f"must be {COUNT[1]}")
-        if base is None:
-            base = embedded_base.base()
         self._stack = ExitStack()
-        loaded = generator(Path(str(base)), adapter and Path(str(adapter)), precision)
+        loaded = generator(str(base), adapter and Path(str(adapter)), precision)
         self.model = self._stack.enter_context(loaded).model
         self.model.eval()
         self.tokenizer = getattr(self.model.tokenizer, "tokenizer", None)

@@ -110,10 +110,7 @@ def opened(path: Path, field: str) -> Iterator[Archive]:
         UsageError: not a file, not a readable tar, or one that ``Archive`` refuses.
     """
     if not path.is_file():
-        reason = "no such file" if not path.exists() else "not a .nemo file"
-        if (path / "config.json").is_file():
-            reason += "; tiedlora import-hf makes one of a Hugging Face model's folder"
-        raise UsageError(field, str(path), reason)
+        raise UsageError(field, str(path), "no such file" if not path.exists() else "not a .nemo file")
     try:
         with path.open("rb") as file:
             found = list(_members(file))

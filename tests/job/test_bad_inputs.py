@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.huggingface import bases
 from nemo_tiedlora.job import finetune, settings
 from nemo_tiedlora.job.script import prepare_hydra
 
@@ -47,7 +48,7 @@ def job(tmp_path, monkeypatch, composed):
         raise Started
 
     monkeypatch.setattr(finetune, "quiet", stop)
-    monkeypatch.setattr(finetune.embedded_base, "base", lambda: "base.nemo")
+    monkeypatch.setattr(bases.embedded_base, "base", lambda: "base.nemo")
 
     def run(changed=(), rows=ROW):
         lines = rows if isinstance(rows, bytes) else (json.dumps(rows) + "\n").encode() * 3
