@@ -24,8 +24,10 @@ $(STAMP): requirements.txt setup.py
 	@touch $@
 	@echo "done; to see it work: make demo; to use it: source $(VENV)/bin/activate"
 
+# Without any: the built-in base learns its own task. BASE=smollm2: a real language model, fetched once. DATA=rows.jsonl:
+# what it learns.
 demo: setup
-	$(PY) examples/megatron_gpt_finetuning.py model.peft.peft_scheme=tied_lora
+	$(PY) tools/demo.py $(if $(BASE),'BASE=$(BASE)') $(if $(DATA),'DATA=$(DATA)')
 
 # Tests read and write UTF-8.
 test test-thorough test-serving: export LC_ALL = C.UTF-8
