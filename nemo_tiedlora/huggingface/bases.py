@@ -61,7 +61,9 @@ def find(
             value = error.value if error.field == "model" else str(named)
             raise UsageError(field, value, reason) from None
         return Found(OmegaConf.create(model.config), lambda: base_of(model))
-    elif not path.exists() and path.name == str(named) and not path.suffix:
+    elif not path.exists() and (path.name != str(named) or path.suffix):
+        raise UsageError(field, str(path), "no such file")
+    elif not path.exists():
         raise UsageError(field, str(named), f"no known base: {closest(named, NAMES)}; or name {BASES}")
     elif path.is_dir():
         raise UsageError(field, str(named), f"not a .nemo file, and no Hugging Face model: there is no {CONFIG} in it")
@@ -69,5 +71,5 @@ def find(
 
 
 def base_at(named: str | Path, field: str = "base") -> Path:
-    """The ``.nemo`` of the base that a user has named; see ``find``."""
-    return find(named, field).file()
+    """The ``.nemo`` of the base that a user has named, for what reads and checks it itself; see ``find``."""
+    return find(named, field, lambda *_: DictConfig({})).file()
