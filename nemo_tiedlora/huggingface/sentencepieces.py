@@ -10,6 +10,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from nemo_tiedlora.model.tokenizer import settings_of
+
 MODEL = "tokenizer.model"
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
@@ -99,7 +101,7 @@ def converted(content: bytes) -> tuple[bytes | None, dict[str, Any]]:
     model = read(content)
     reference = sentencepiece.SentencePieceProcessor(model_proto=content)
     names = {name: model.pieces[number][0] for name, number in model.special.items()}
-    settings = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings = settings_of({**names, "clean_up_tokenization_spaces": False})
     facts = {f"{name}_id": number for name, number in model.special.items() if name != "unk_token"}
     facts["vocab_size"] = len(model.pieces)
     if model.kind not in (UNIGRAM, BPE):

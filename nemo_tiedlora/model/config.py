@@ -165,10 +165,18 @@ def nemo_config(path: str | Path, field: str) -> DictConfig:
 
 def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Path) -> None:
     """Raise ``UsageError`` unless an adapter's base had the shape of ``base``."""
-    for name in SHAPE_FIELDS:
-        if saved.get(name) != base.get(name):
-            raise UsageError(
-                field, str(path), f"made for another base: {name} was {saved.get(name)}, here it is {base.get(name)}"
-            )
+    there, here = _shape(saved), _shape(base)
+    for name, value in there.items():
+        if value != here[name]:
+            raise UsageError(field, str(path), f"made for another base: {name} was {value}, here it is {here[name]}")
     if is_gated(saved) != is_gated(base):
         raise UsageError(field, str(path), f"made for another base: its activation was {saved.get('activation')}")
+
+
+def _shape(config: DictConfig) -> dict[str, Any]:
+    """The fields that decide it, with what NeMo takes where they say nothing."""
+    found = {name: config.get(name) for name in SHAPE_FIELDS}
+    heads = found["num_attention_heads"]
+    found["num_query_groups"] = found["num_query_groups"] or heads
+    found["kv_channels"] = found["kv_channels"] or (heads and (found["hidden_size"] or 0) // heads)
+    return found

@@ -18,7 +18,8 @@ _KEPT = (*TOKENS, MORE_TOKENS, "added_tokens_decoder", "chat_template", "add_pre
 def settings_of(content: dict[str, Any]) -> dict[str, Any]:
     """What of a ``tokenizer_config.json`` is data, for the class that does what ``tokenizer.json`` says."""
     kept = {name: content[name] for name in _KEPT if content.get(name) is not None}
-    return {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
+    # Of the class that had the name, what models that only continue text take.
+    return {**kept, "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
 
 
 def special_tokens(settings: dict[str, Any]) -> dict[str, list[str]]:

@@ -60,6 +60,7 @@ def test_what_was_taken_over_comes_back_bit_by_bit(name, tmp_path):
     assert new(text).input_ids == old(text).input_ids
     assert new.apply_chat_template(CHAT) == old.apply_chat_template(CHAT)
     assert new.special_tokens_map == old.special_tokens_map
+    assert list(new(text)) == ["input_ids", "attention_mask"]  # all of which generate() takes
 
 
 def same_logits(base, folder):
@@ -85,6 +86,7 @@ def test_the_built_in_base_is_a_llama_with_its_tokenizer(tmp_path):
     for text in ("", "\n", "The dog sees a cat.\n\nWhat does  it see?", " Ünï 世界 🙂\t", "a" * 50, "<0x41> ▁ </ s>"):
         ids = own(text).input_ids
         assert ids == reference.encode(text) and own.decode(ids) == reference.decode(ids), text
+    assert list(own("a")) == ["input_ids", "attention_mask"]
     assert own.eos_token_id == reference.eos_id() and own.pad_token_id == reference.pad_id()
     again = take_over(tmp_path / "out", tmp_path / "again.nemo")  # a model like any other now
     assert (again["tokens"], again["parameters"]) == (704, facts["parameters"])
