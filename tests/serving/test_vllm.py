@@ -36,7 +36,7 @@ ENVIRONMENT = toy.FRESH | {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
 }  # fmt: skip
-#: Name → the scheme, its settings, and the number of tensor-parallel ranks that train it.
+#: Name → the scheme, its settings, and the number of ranks that train it.
 ADAPTERS = {
     "TL6": ("tied_lora", ["preset=TL6", "target_modules=[all]"], 2),
     "ShareLoRA": ("share_lora", ["groups=odd_even", "target_modules=[attention_qkv,mlp_fc1]"], 1),
@@ -71,15 +71,16 @@ def smollm2(folder):
     return "smollm2"
 
 
-#: Name → what puts the model into a folder and names its base, and the learning rate.
-BASES = {"tiny": (tiny, "1e-2"), "smollm2": (smollm2, "2e-3")}
+#: Name → what puts the model into a folder and names its base, the learning rate, and over what two ranks share it:
+#: SmolLM2 has nine heads.
+BASES = {"tiny": (tiny, "1e-2", "tensor"), "smollm2": (smollm2, "2e-3", "pipeline")}
 
 
 @pytest.fixture(scope="module", params=BASES)
 def served(request, tmp_path_factory):
     """A folder with ``saved``, adapters trained on ``base``, and each as PEFT's; ``base``; and the name of the case."""
     folder = tmp_path_factory.mktemp(request.param)
-    make, rate = BASES[request.param]
+    make, rate, layout = BASES[request.param]
     base = make(folder)
     draw = random.Random(1)
     for file, rows in ("train", 200), ("validation", 8):
@@ -95,7 +96,7 @@ def served(request, tmp_path_factory):
             f"model.data.validation_ds.file_names=[{folder / 'validation.jsonl'}]",
             "model.data.train_ds.max_seq_length=64", "model.global_batch_size=8", "model.micro_batch_size=4",
             f"model.optim.lr={rate}", "trainer.max_steps=20", "trainer.val_check_interval=20",
-            f"model.tensor_model_parallel_size={ranks}", f"trainer.devices={ranks}",
+            f"model.{layout}_model_parallel_size={ranks}", f"trainer.devices={ranks}",
             f"exp_manager.exp_dir={folder}", f"exp_manager.name={name}", ranks=ranks,
         )  # fmt: skip
         (folder / name / "checkpoints" / f"{name}.nemo").rename(folder / f"{name}.nemo")
@@ -203,8 +204,8 @@ def compare(said, expected, way, case):
     vllm = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found["runs"][f"{case}, {way}"] = {
         "date": date.today().isoformat(), "vllm": vllm, "nemo_toolkit": metadata.version("nemo_toolkit"),
-        "adapters": {name: {"scheme": scheme, "trained_on_ranks": ranks} for name, (scheme, _, ranks) in
-                     ADAPTERS.items()},
+        "adapters": {name: {"scheme": scheme, "trained_on": f"{ranks} {BASES[case][2]}-parallel ranks" if ranks > 1 else
+                            "one process"} for name, (scheme, _, ranks) in ADAPTERS.items()},
         "requests": len(said), "tokens": sum(map(len, said)), "equal_tokens": sum(map(len, said)),
     }  # fmt: skip
     path.write_text(json.dumps(found, indent=1) + "\n")
