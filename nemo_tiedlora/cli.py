@@ -10,7 +10,6 @@ from typer.core import TyperCommand
 from nemo_tiedlora import __version__, analyze, console, own_methods, scripts
 from nemo_tiedlora.console import BASES, AsJson, BaseName, show
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.huggingface.export import Dtype, Format
 
 app = typer.Typer(
     name="tiedlora",
@@ -289,8 +288,10 @@ def merge(
 ) -> None:
     """Write an adapter into its base: an ordinary .nemo that needs no adapter, and no more memory than one weight."""
     from nemo_tiedlora.checkpoint import merge as merging
+    from nemo_tiedlora.checkpoint import read
     from nemo_tiedlora.files import check_output
-    from nemo_tiedlora.huggingface.bases import base_at
+    from nemo_tiedlora.huggingface.bases import find
+    from nemo_tiedlora.model.config import check_shape
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
@@ -298,7 +299,9 @@ def merge(
         raise UsageError("out", str(out), "must end in .nemo")
     _check_new(out, adapter, base)
     check_output(out.parent, "out")
-    show((merging.unmerge if unmerge else merging.merge)(base_at(base), adapter, out, force), as_json)
+    found = find(base)
+    check_shape(read(adapter).shape, found.config, "adapter", adapter)  # before the base is taken over
+    show((merging.unmerge if unmerge else merging.merge)(found.file(), adapter, out, force), as_json)
 
 
 @app.command()
@@ -337,26 +340,25 @@ def export(
     base: BaseName,
     out: Annotated[Path, typer.Option(help="A folder to write; a .nemo for nemo-lora, a .gguf for gguf-lora.")],
     form: Annotated[
-        Format,
+        str,
         typer.Option(
             "--format",
             help="peft-lora: for Hugging Face PEFT, vLLM, TensorRT-LLM; peft-vera: PEFT's VeRA; "
             "nemo-lora: stock NeMo's LoRA, of one rank; gguf-lora: for llama.cpp.",
         ),
     ] = "peft-lora",
-    dtype: Annotated[Dtype, typer.Option(help="Of the tensors.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Of the tensors: float32, bfloat16 or float16.")] = "float32",
     base_name: Annotated[str | None, typer.Option(help="The model's name, for PEFT's config.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also with a base of other weights.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter of any method as one that others read: its factors, layer by layer, as a plain LoRA."""
-    from nemo_tiedlora.huggingface.bases import base_at
     from nemo_tiedlora.huggingface.export import export
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
     _check_new(out, adapter, base)
-    show(export(adapter, base_at(base), form, out, dtype, base_name, force), as_json)
+    show(export(adapter, base, form, out, dtype, base_name, force), as_json)
 
 
 @app.command(name="import-peft")
@@ -368,13 +370,12 @@ def import_peft(
 ) -> None:
     """Take a LoRA, DoRA or VeRA adapter of Hugging Face PEFT over as one of ours."""
     from nemo_tiedlora.files import check_output
-    from nemo_tiedlora.huggingface.bases import base_at
     from nemo_tiedlora.huggingface.peft_import import import_peft
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
     check_output(out.parent, "out")
-    show(import_peft(adapter, base_at(base), out), as_json)
+    show(import_peft(adapter, base, out), as_json)
 
 
 @app.command(name="import-hf")

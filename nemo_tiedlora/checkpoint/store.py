@@ -100,6 +100,9 @@ def read_with_sha256(path: str | Path, field: str = "adapter") -> tuple[Adapter,
             model_config = None
         else:
             with opened(path, field) as archive:
+                if CONFIG not in archive.members:
+                    way_out = "tiedlora convert makes an adapter of a LoRA in NeMo's own form"
+                    raise archive.error(f"there is no {CONFIG} in it; {way_out}")
                 config = _parse(archive.read(CONFIG, MOST_BYTES))
                 payload = archive.read(TENSORS, _most_bytes(config))
                 model_config = archive.read(MODEL_CONFIG, MOST_BYTES)

@@ -41,14 +41,14 @@ _CHANGED = ("pissa", "olora", "corda", "loftq")
 MOST_BYTES = 2**36
 
 
-def import_peft(folder: Path, base: Path, out: Path) -> dict[str, Any]:
+def import_peft(folder: Path, base: str | Path, out: Path) -> dict[str, Any]:
     """Write a PEFT adapter as ours, and say what it is.
 
     Separate projections whose A is one and the same in every layer become the fused projection with that A.
 
     Args:
         folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        base: ``.nemo`` of the model it was trained on.
+        base: the model it was trained on, as ``base_at`` takes it; taken over once the adapter's config is known.
         out: a folder, or a ``.nemo``.
 
     Raises:
@@ -57,9 +57,10 @@ def import_peft(folder: Path, base: Path, out: Path) -> dict[str, Any]:
     """
     from nemo_tiedlora.checkpoint import write
     from nemo_tiedlora.checkpoint.base import open_base
+    from nemo_tiedlora.huggingface.bases import find
 
-    config = _config(folder)
-    with open_base(base) as source:
+    found, config = find(base), _config(folder)
+    with open_base(found.file()) as source:
         made = _Import(folder, config, source).adapter()
     sha256 = write(made, out)
     facts = {"file": str(out), "scheme": made.scheme, "adapter_sha256": sha256}
