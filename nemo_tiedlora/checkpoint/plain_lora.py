@@ -10,6 +10,7 @@ from torch import Tensor
 from nemo_tiedlora.checkpoint.adapter import Adapter
 from nemo_tiedlora.checkpoint.base import BaseFile
 from nemo_tiedlora.checkpoint.merge import Changes
+from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.targets import rows, shape, whole
 from nemo_tiedlora.variants import FrozenWeight
 from nemo_tiedlora.variants.dora import row_norms
@@ -86,3 +87,15 @@ class PlainLora:
         if not stretched:
             return Pair(A, B, None)
         return Pair(A, B, gain * row_norms(FrozenWeight(weight, places), A, B, self.scale))
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of ``tensor`` in another type.
+
+    Raises:
+        UsageError: it has values that are too large for it.
+    """
+    made = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if not made.isfinite().all():
+        raise UsageError("dtype", str(dtype).removeprefix("torch."), f"{name} has values too large for it")
+    return made

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_tiedlora.checkpoint.legacy import ADAPTERS
-from nemo_tiedlora.checkpoint.plain_lora import PlainLora
+from nemo_tiedlora.checkpoint.plain_lora import PlainLora, rounded
 from nemo_tiedlora.console import progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
@@ -46,8 +46,9 @@ def write(lora: PlainLora, out: Path, dtype: torch.dtype) -> dict[str, Any]:
         inside = TARGETS[target].path.split(".")[0]
         place = f"model.decoder.layers.{layer}.{inside}.adapter_layer.{name}"
         padded = pair.padded(rank)
-        state[f"{place}.linear_in.weight"] = padded.A.to(dtype)
-        state[f"{place}.linear_out.weight"] = (lora.scale * padded.B).to(dtype)
+        for part, tensor in (("in", padded.A), ("out", lora.scale * padded.B)):
+            key = f"{place}.linear_{part}.weight"
+            state[key] = rounded(key, tensor, dtype)
     _write(lora, out, state, sorted({target for _, target, *_ in found}), rank)
     return {"parameters": sum(tensor.numel() for tensor in state.values()), "modules": len(found), "rank": rank}
 

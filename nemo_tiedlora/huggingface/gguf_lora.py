@@ -30,6 +30,8 @@ def write(lora: PlainLora, family: Family, out: Path, dtype: dtype) -> dict[str,
     Raises:
         UsageError: ``gguf`` is not installed, the adapter stretches rows (DoRA), or bfloat16, which numpy lacks.
     """
+    from nemo_tiedlora.checkpoint.plain_lora import rounded
+
     try:
         import gguf
     except ImportError:
@@ -54,7 +56,8 @@ def write(lora: PlainLora, family: Family, out: Path, dtype: dtype) -> dict[str,
             padded = pair.padded(rank)
             B = _alternating(padded.B, name, lora) if kind in ALTERNATING else padded.B
             for part, tensor in (("a", padded.A), ("b", B)):
-                writer.add_tensor(f"{place}.weight.lora_{part}", tensor.to(dtype).contiguous().numpy())
+                key = f"{place}.weight.lora_{part}"
+                writer.add_tensor(key, rounded(key, tensor, dtype).numpy())
                 parameters += tensor.numel()
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

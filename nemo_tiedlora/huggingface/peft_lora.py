@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_tiedlora.console import progress
-from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.modules import Modules
 from nemo_tiedlora.model.targets import TARGETS, places
 
@@ -97,9 +96,8 @@ def save(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], dtype
     """Write PEFT's two files."""
     from safetensors.torch import save_file
 
-    plain = {name: tensor.to(dtype, copy=True) for name, tensor in tensors.items()}  # none may share memory
-    for name, tensor in plain.items():
-        if not tensor.isfinite().all():
-            raise UsageError("dtype", str(dtype).removeprefix("torch."), f"{name} has values too large for it")
+    from nemo_tiedlora.checkpoint.plain_lora import rounded
+
+    plain = {name: rounded(name, tensor, dtype) for name, tensor in tensors.items()}  # copies: none may share memory
     save_file(plain, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

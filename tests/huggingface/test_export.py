@@ -134,9 +134,10 @@ def test_smaller_types_and_what_does_not_fit_them(bases, tmp_path):
     for name, tensor in tensors[0].items():
         assert torch.equal(tensors[1][name], tensor.bfloat16())
     random_adapters.adapter_for(base, tmp_path / "large", "tied_lora", deviation=1e4)
-    with pytest.raises(UsageError, match="too large for it"):
-        twins.exported(tmp_path / "large", base, "peft-lora", tmp_path / "peft", "float16")
-    assert not (tmp_path / "peft").exists()
+    for form, path in (("peft-lora", "new"), ("nemo-lora", "new.nemo"), ("gguf-lora", "new.gguf")):
+        with pytest.raises(UsageError, match="too large for it"):
+            twins.exported(tmp_path / "large", base, form, tmp_path / path, "float16")
+        assert not list(tmp_path.glob("*new*"))
 
 
 def test_another_base_needs_force_and_nothing_is_replaced(bases, tmp_path):
