@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Without bytecode every process compiles NeMo anew, which takes longer than importing it.
 unexport PYTHONDONTWRITEBYTECODE
 
-# vLLM's environment.
+# The environment of vLLM and llama.cpp.
 SERVING := .venv-serving
 
 .PHONY: setup demo test test-thorough test-serving lint clean
@@ -35,7 +35,7 @@ test test-thorough test-serving: export LC_ALL = C.UTF-8
 test: setup lint
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not thorough"
 
-# An hour: all layouts with all methods, hundreds of kills, adapters served by vLLM.
+# An hour: all layouts with all methods, hundreds of kills, adapters served by vLLM and llama.cpp.
 test-thorough: setup lint test-serving
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,9 +1,9 @@
 """One model twice: as transformers saved it, and as the base that was made of it."""
 
-import saved_models
 import torch
 import toy
 import transformers
+from huggingface import saved_models
 
 from nemo_tiedlora.huggingface.export import export
 from nemo_tiedlora.job.generate import generator
