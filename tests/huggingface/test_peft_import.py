@@ -34,7 +34,7 @@ def trained(bases, tmp_path):
         with torch.no_grad():
             for parameter in adapted.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
+                    parameter.add_(0.15 * torch.randn_like(parameter))
         adapted.save_pretrained(tmp_path / "peft")
         return adapted.eval(), tmp_path / "peft", base
 

@@ -229,7 +229,7 @@ def test_a_bad_setting_ends_in_one_line(job, name, value, message):
     ],
 )
 def test_a_layout_that_does_not_fit_ends_in_one_line(job, monkeypatch, changed, message):
-    monkeypatch.setattr(settings, "_check_gpus", lambda trainer: None)
+    monkeypatch.setattr(settings, "check_gpus", lambda trainer: None)
     assert message in refusal(job, changed)
 
 
