@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from nemo_tiedlora.attach.contract import Contract, parameter_groups
-from nemo_tiedlora.attach.model import AdaptedLinear, Attached, attach
+from nemo_tiedlora.attach.model import Attached, attach
 from nemo_tiedlora.variants import VariantConfig
 
-__all__ = ["AdaptedLinear", "Attached", "Contract", "attach", "parameter_groups"]
+__all__ = ["Attached", "Contract", "attach", "parameter_groups"]
 
 
 class _Callable(ModuleType):

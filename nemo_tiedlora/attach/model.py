@@ -1,39 +1,18 @@
 """Adapters on a plain ``torch.nn`` model, without NeMo or Megatron."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from nemo_tiedlora.attach.contract import Contract, error_without, parameter_groups
+from nemo_tiedlora.attach.placed import Place, Placed, Span, sizes
 from nemo_tiedlora.errors import UsageError, closest
-from nemo_tiedlora.ops import apply
-from nemo_tiedlora.variants import Bank, Factors, FrozenWeight, Site, Variant, VariantConfig, build, config_for, merged
+from nemo_tiedlora.variants import Bank, Site, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.config import check_list
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen ``torch.nn.Linear`` plus its layer's factors."""
-
-    def __init__(self, base: nn.Linear, bank: Bank, site: Site, dropout: float):
-        super().__init__()
-        self.base = base
-        self.bank, self.site, self.dropout = bank, site, dropout
-        bank.adopt(self, site, FrozenWeight(base.weight))
-
-    def factors(self) -> Factors:
-        """This layer's A, B, scale and gain."""
-        return self.bank.factors(self.site, FrozenWeight(self.base.weight))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(samples, ..., in) → (samples, ..., out)."""
-        output = apply(self.base(x), F.dropout(x, self.dropout, self.training), *self.factors(), self.base.bias)
-        if self.training and self.bank.variant.observes:
-            self.bank.variant.observe(self.site, output)
-        return output
 
 
 class Attached:
@@ -44,19 +23,46 @@ class Attached:
     pass without says so. ``attach_to`` is also what lets CondLoRA and DoRA form factors once per step instead of in
     every pass: fused optimizers write tensors unnoticed, so without it nothing formed in training is used twice.
 
+    Args:
+        model: everything in it is frozen.
+        places: the adapted layers.
+        layers: number of layers in the whole model.
+
     Attributes:
         model: the adapted model.
         bank: the adapter's tensors, each once, and every layer's factors.
+
+    Raises:
+        UsageError: what does not fit, or a model that has an adapter already. Then the model is as it was.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank):
-        self.model, self.bank = model, bank
+    def __init__(self, model: nn.Module, config: VariantConfig, places: Iterable[Place], layers: int):
+        places = list(places)
+        for name, module in model.named_modules():
+            if isinstance(module, Placed):
+                layer = name.rpartition(".")[0]
+                way_out = f"{layer} has an adapter already; merge() or detach() it first"
+                raise UsageError("model", type(model).__name__, way_out)
+        self.model = model
+        self.bank = Bank(build(config, layers), checksums=config.checksums)
+        self.variant.start([place.site for place in places])
+        self.placed = [Placed(place, self.bank, config.dropout) for place in places]
         self._contract: Contract | None = None
+        self._guards: list[Any] = []
+        self._merged = False
+        self._wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._put()
+
+    def _put(self) -> None:
+        self.model.requires_grad_(False)
+        for placed in self.placed:
+            placed.put()
         self._guards = [
             tensor.register_post_accumulate_grad_hook(self._check_contract)
-            for _, tensor in bank.trained().values()
-            if error_without(bank.variant)
+            for _, tensor in self.bank.trained().values()
+            if error_without(self.variant)
         ]
+        self._on = True
 
     @property
     def variant(self) -> Variant:
@@ -93,27 +99,76 @@ class Attached:
         self._contract = Contract(optimizer, self.bank)
         return self._contract
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The model as it was before, inside a ``with`` block."""
+        before = [placed.enabled for placed in self.placed]
+        for placed in self.placed:
+            placed.enabled = False
+        try:
+            yield
+        finally:
+            for placed, enabled in zip(self.placed, before, strict=True):
+                placed.enabled = enabled
+
     def merge(self) -> nn.Module:
         """Write what every layer and its adapter do together into the frozen weight, and take the adapter off.
 
         Returns:
-            The model, as it was before ``attach`` but for its weights (and with all of them frozen).
+            The model, as it was before ``attach`` but for its weights.
+
+        Raises:
+            UsageError: a tensor of the adapter has NaN or infinity in it, or it is off the model.
         """
+        self._check_on()
+        for key, tensor in self.named_tensors().items():
+            if not tensor.isfinite().all():
+                raise UsageError("adapter", key, "has NaN or infinity in it, which would be in the weights")
+        for placed in self.placed:
+            placed.write()
+        self._merged = True
+        return self.detach()
+
+    def unmerge(self) -> nn.Module:
+        """Take the adapter out of the weights again after ``merge``, to within rounding, and put it back on the model.
+
+        Raises:
+            UsageError: it is not merged, or its change depends on the weights that it changed.
+        """
+        scheme = self.variant.config.scheme
+        if not self._merged:
+            raise UsageError("adapter", scheme, "is not merged")
+        if why := self.variant.final_at_merge():
+            raise UsageError("adapter", scheme, f"cannot be taken out: {why}; load the model again")
+        for placed in self.placed:
+            placed.write(-1)
+        self._merged = False
+        self._wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._put()
+        return self.model
+
+    def detach(self) -> nn.Module:
+        """Take the adapter off: the model is as it was before, down to what wants gradients.
+
+        Raises:
+            UsageError: it is off already.
+        """
+        self._check_on()
         if self._contract:
             self._contract.detach()
         for guard in self._guards:
             guard.remove()
-        adapted = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, AdaptedLinear) and module.bank is self.bank
-        }
-        with torch.no_grad():
-            for module in adapted.values():  # all before the first is taken off: shared tensors live on one of them
-                module.base.weight.copy_(merged(module.base.weight, module.factors()))
-        for name, module in adapted.items():
-            _replace(self.model, name, module.base)
+        for placed in self.placed:
+            placed.take_off()
+        self.model.requires_grad_(False)
+        for parameter in self._wanted:
+            parameter.requires_grad_(True)
+        self._on = False
         return self.model
+
+    def _check_on(self) -> None:
+        if not self._on:
+            raise UsageError("adapter", self.variant.config.scheme, "is off the model already")
 
     def _check_contract(self, tensor: torch.Tensor) -> None:
         if self._contract and self._contract.in_force:
@@ -123,7 +178,7 @@ class Attached:
 
 
 def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str], **settings: Any) -> Attached:
-    """Adapt every ``nn.Linear`` of ``model`` whose last name is in ``targets``, in place; freeze everything else.
+    """Adapt every linear layer of ``model`` whose last name is in ``targets``, in place; freeze everything else.
 
     Args:
         model: any module. The n-th linear of one name is taken as layer n; tensors are tied within one name.
@@ -144,11 +199,9 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
     elif settings:
         raise UsageError("settings", settings, f"write them into the {type(method).__name__}")
     check_list("targets", targets, str)
-    found: dict[str, dict[str, nn.Linear]] = {}
+    found: dict[str, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            raise UsageError("model", type(model).__name__, f"{name} has an adapter already; merge() it first")
-        if isinstance(module, nn.Linear):
+        if sizes(module):
             found.setdefault(name.rpartition(".")[2], {})[name] = module
     for target in targets:
         if target not in found:
@@ -157,20 +210,10 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
     for layer in method.layer_selection or ():
         if not 1 <= layer <= layers:
             raise UsageError("layer_selection", layer, f"the model has layers 1 to {layers}")
-    bank = Bank(build(method, layers), checksums=method.checksums)
-    placed: dict[str, tuple[nn.Linear, Site]] = {}
-    for target in targets:
-        for layer, (name, base) in enumerate(found[target].items()):
-            if layer in method.adapted_layers(len(found[target])):
-                placed[name] = base, Site(target, layer, base.in_features, base.out_features)
-    bank.variant.start([site for _, site in placed.values()])
-    adapted = {name: AdaptedLinear(base, bank, site, method.dropout) for name, (base, site) in placed.items()}
-    model.requires_grad_(False)
-    for name, module in adapted.items():
-        _replace(model, name, module)
-    return Attached(model, bank)
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    places = [
+        Place(Site(target, layer, *(sizes(base) or ())), (Span(name, base),))
+        for target in targets
+        for layer, (name, base) in enumerate(found[target].items())
+        if layer in method.adapted_layers(len(found[target]))
+    ]
+    return Attached(model, method, places, layers)

@@ -68,7 +68,7 @@ def test_a_second_adapter_is_refused():
     attach(model, "tied_lora", ["qkv"], rank=2)
     before = state(model)
     with pytest.raises(UsageError, match="model='Layers': layers.0.qkv has an adapter already; merge"):
-        attach(model, "vera", ["base"], rank=2)
+        attach(model, "vera", ["qkv"], rank=2)
     assert state(model) == before
 
 
@@ -86,3 +86,42 @@ def test_the_readmes_lines_train_and_merge():
     exec(after, scope)
     assert type(model.q_proj) is torch.nn.Linear
     torch.testing.assert_close(model(x), y)
+
+
+def test_the_model_is_as_it_was_without_the_adapter():
+    torch.manual_seed(0)
+    model, x = Layers(), torch.randn(4, 6, dtype=torch.float64)
+    model.layers[1].requires_grad_(False)
+    before, y = state(model), model(x)
+    adapter = attach(model, "tied_lora", ["qkv"], rank=2)
+    with torch.no_grad():
+        adapter.named_tensors()["qkv.0.v"].normal_()
+    adapted = model(x)
+    assert not torch.equal(adapted, y)
+    with adapter.disabled():
+        assert torch.equal(model(x), y)
+    assert torch.equal(model(x), adapted)
+    adapter.merge()
+    torch.testing.assert_close(model(x), adapted, rtol=1e-10, atol=1e-10)
+    assert state(model) == before
+    adapter.unmerge()
+    torch.testing.assert_close(model(x), adapted, rtol=1e-10, atol=1e-10)
+    assert adapter.detach() is model and state(model) == before
+    torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-10)
+    with pytest.raises(UsageError, match="is off the model already"):
+        adapter.merge()
+
+
+def test_what_cannot_be_merged_or_taken_out_says_so():
+    adapter = attach(Layers(), "cond_lora", ["qkv"], rank=2)
+    with pytest.raises(UsageError, match="is not merged"):
+        adapter.unmerge()
+    with torch.no_grad():
+        adapter.named_tensors()["qkv.theta_B"][0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"adapter='qkv.theta_B': has NaN"):
+        adapter.merge()
+    with torch.no_grad():
+        adapter.named_tensors()["qkv.theta_B"].zero_()
+    adapter.merge()
+    with pytest.raises(UsageError, match="cannot be taken out: CondLoRA formed it"):
+        adapter.unmerge()

@@ -46,7 +46,7 @@ def reference(adapter, steps, lr):
     Returns:
         The active layers of every step, and the factors A, B of every layer at the end.
     """
-    bases = [layer["qkv"].base for layer in adapter.model.layers]
+    bases = [layer["qkv"] for layer in adapter.model.layers]
     named = adapter.named_tensors()
     factors = [[named[f"qkv.{n}.{part}"].detach().clone().requires_grad_() for part in "AB"] for n in range(LAYERS)]
     optimizers = [torch.optim.AdamW(pair, lr, weight_decay=0.1) for pair in factors]

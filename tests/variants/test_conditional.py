@@ -28,7 +28,7 @@ def reference(model, named, x, groups):
     """x W_lᵀ + s (x (θ_Aᵀ W_l)ᵀ) (W_l θ_B)ᵀ, formed anew with plain autograd."""
     for number, layer in enumerate(model.layers):
         prefix = next((f"qkv.group{group[0]}." for group in groups if number in group), "qkv.")
-        W, bias = layer["qkv"].base.weight.detach(), layer["qkv"].base.bias
+        W, bias = layer["qkv"].weight.detach(), layer["qkv"].bias
         A, B = named[f"{prefix}theta_A"].T @ W, W @ named[f"{prefix}theta_B"]
         x = torch.tanh((x @ W.T + bias + 1.5 * (x @ A.T) @ B.T)[..., :6])
     return x
@@ -43,7 +43,7 @@ def test_forward_gradients_and_merge_follow_the_equations(groups):
 def test_the_authors_orientation_is_of_the_turned_weight():
     def turned(model, named, x):
         for layer in model.layers:
-            W, bias = layer["qkv"].base.weight.detach(), layer["qkv"].base.bias
+            W, bias = layer["qkv"].weight.detach(), layer["qkv"].bias
             A, B = named["qkv.theta_A"].T @ W.T, W @ named["qkv.theta_B"]
             x = torch.tanh(x @ W.T + bias + 1.5 * (x @ A.T) @ B.T)
         return x
@@ -168,4 +168,4 @@ def test_it_starts_from_the_base_and_learns():
     assert torch.equal(model(x), before)
     losses = train(model, steps=120, lr=3e-2)
     assert losses[-1] < 0.95 * losses[0]
-    assert all(torch.equal(layer["qkv"].base.weight, W) for layer, W in zip(model.layers, frozen, strict=True))
+    assert all(torch.equal(layer["qkv"].weight, W) for layer, W in zip(model.layers, frozen, strict=True))

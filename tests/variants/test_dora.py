@@ -34,10 +34,10 @@ def reference(model, named, x, config):
     scale = config.alpha / config.rank
     for number, layer in enumerate(model.layers):
         linear = layer["qkv"]
-        A, B, *_ = linear.factors().folded()
-        whole = linear.base.weight + scale * B @ A
+        A, B, *_ = linear.adapter.factors().folded()
+        whole = linear.weight + scale * B @ A
         length = torch.linalg.vector_norm(whole.detach(), dim=1)
-        y = x @ whole.T * (named[f"qkv.{number}.m"] / length) + linear.base.bias
+        y = x @ whole.T * (named[f"qkv.{number}.m"] / length) + linear.bias
         x = torch.tanh(y[..., : x.shape[-1]])
     return x
 

@@ -49,13 +49,11 @@ def test_all_modules_contribute_but_only_active_ones_get_gradients(inner):
         for tensor in bank.named_tensors().values():
             tensor += torch.randn_like(tensor)
     plain = Layers(6)
-    plain.load_state_dict(
-        {key.replace("base.", ""): value for key, value in model.state_dict().items() if "base" in key}
-    )
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if ".adapter." not in key})
     x = torch.randn(4, 6, dtype=torch.float64)
     y = model(x)
     for number, layer in enumerate(plain.layers):
-        A, B, s, *_ = model.layers[number]["qkv"].factors().folded()
+        A, B, s, *_ = model.layers[number]["qkv"].adapter.factors().folded()
         layer["qkv"].weight.data += s * B @ A
     torch.testing.assert_close(y, plain(x), rtol=1e-10, atol=1e-10)
     y.square().sum().backward()
@@ -77,7 +75,7 @@ def test_gradients_of_a_tied_tensor_come_from_the_active_modules_only():
     model.zero_grad()
     active = {site.layer for site in bank.variant.active}
     for number, layer in enumerate(model.layers):
-        base = layer["qkv"].base
+        base = layer["qkv"]
         A, B = (named[f"qkv.{part}"] if number in active else named[f"qkv.{part}"].detach() for part in "AB")
         x = torch.tanh((x @ base.weight.T + base.bias + (x @ A.T) @ B.T)[..., :6])
     x.square().sum().backward()

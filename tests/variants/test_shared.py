@@ -51,7 +51,7 @@ def reference(model, named, x, groups, scale, with_scales):
         h = x @ named[f"qkv.{leader}.A"].T
         h = (h * named[f"qkv.{number}.u"] if with_scales else h) @ named[f"qkv.{leader}.B"].T
         h = h * named[f"qkv.{number}.v"] if with_scales else h
-        base = layer["qkv"].base
+        base = layer["qkv"]
         x = torch.tanh((x @ base.weight.T + base.bias + scale * h)[..., :6])
     return x
 

@@ -195,8 +195,8 @@ def test_a_frozen_factor_that_is_not_the_trained_one_is_refused():
 def test_frozen_factors_are_no_parameters_and_are_not_saved():
     model = Layers()
     attach(model, TiedConfig(preset="TL1", rank=2), ["qkv"])
-    added = [key for key in model.state_dict() if ".base." not in key]
-    assert added == ["layers.0.qkv.A"]
+    added = [key for key in model.state_dict() if ".adapter." in key]
+    assert added == ["layers.0.qkv.adapter.A"]
 
 
 @pytest.mark.parametrize("matrix", ["A", "B"])

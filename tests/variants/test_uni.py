@@ -43,9 +43,9 @@ def test_forward_gradients_and_merge_follow_the_equation():
     def reference(x):
         flat = (P @ named["theta"]).split([12, 20] * 3)
         for number, layer in enumerate(model.layers):
-            linear = getattr(layer["qkv"], "base", layer["qkv"])
+            W, bias = layer["qkv"].weight, layer["qkv"].bias
             A, B = flat[2 * number].view(2, 6), flat[2 * number + 1].view(10, 2)
-            x = torch.tanh((linear(x) + 1.5 * (x @ A.T) @ B.T)[..., :6])
+            x = torch.tanh((x @ W.T + bias + 1.5 * (x @ A.T) @ B.T)[..., :6])
         return x
 
     assert follows(adapter, reference) == {"theta"}

@@ -30,7 +30,7 @@ def test_forward_gradients_and_merge_follow_the_equation():
     model, named = adapter.model, adapter.named_tensors()
     deltas = []
     for number, layer in enumerate(model.layers):
-        U, S, Vh = numpy.linalg.svd(layer["qkv"].base.weight.detach().numpy())
+        U, S, Vh = numpy.linalg.svd(layer["qkv"].weight.detach().numpy())
         for k in range(2):
             if Vh[k][numpy.abs(Vh[k]).argmax()] < 0:
                 U[:, k], Vh[k] = -U[:, k], -Vh[k]
