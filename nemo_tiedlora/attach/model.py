@@ -1,6 +1,6 @@
 """Adapters on a plain ``torch.nn`` model, without NeMo or Megatron."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ class Attached:
         model: everything in it is frozen.
         places: the adapted layers.
         layers: number of layers in the whole model.
+        stored: keys of tensors that will be loaded, so that they need not be computed.
 
     Attributes:
         model: the adapted model.
@@ -36,7 +37,14 @@ class Attached:
         UsageError: what does not fit, or a model that has an adapter already. Then the model is as it was.
     """
 
-    def __init__(self, model: nn.Module, config: VariantConfig, places: Iterable[Place], layers: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: VariantConfig,
+        places: Iterable[Place],
+        layers: int,
+        stored: Collection[str] = (),
+    ):
         places = list(places)
         for name, module in model.named_modules():
             if isinstance(module, Placed):
@@ -44,7 +52,7 @@ class Attached:
                 way_out = f"{layer} has an adapter already; merge() or detach() it first"
                 raise UsageError("model", type(model).__name__, way_out)
         self.model = model
-        self.bank = Bank(build(config, layers), checksums=config.checksums)
+        self.bank = Bank(build(config, layers), checksums=config.checksums, stored=stored)
         self.variant.start([place.site for place in places])
         self.placed = [Placed(place, self.bank, config.dropout) for place in places]
         self._contract: Contract | None = None

@@ -172,15 +172,19 @@ class BaseFile(ABC):
         Of the layers in order: a line ``<path>.weight <layer> <out>x<in> <dtype>`` and then the weight's bytes, row by
         row, little-endian. It says nothing of how the file is packed or sharded, and needs one weight in memory.
         """
-        layers = range(self.config.num_layers)
-        steps = [(path, layer) for path in paths for layer in layers]
-        digests = {path: hashlib.sha256() for path in paths}
-        for path, layer in progress(steps, "base checksum", len(steps)):
-            weight = self.weight(path, layer)
-            size = "x".join(map(str, weight.shape))
-            digests[path].update(f"{path}.weight {layer} {size} {str(weight.dtype).removeprefix('torch.')}\n".encode())
-            digests[path].update(weight.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return {path: digest.hexdigest() for path, digest in digests.items()}
+        return checksums(paths, self.config.num_layers, self.weight)
+
+
+def checksums(paths: list[str], layers: int, weight: Callable[[str, int], Tensor]) -> dict[str, str]:
+    """As ``BaseFile.checksums``, of whatever gives the ``weight`` (out, in) at a path of one of its ``layers``."""
+    steps = [(path, layer) for path in paths for layer in range(layers)]
+    digests = {path: hashlib.sha256() for path in paths}
+    for path, layer in progress(steps, "base checksum", len(steps)):
+        found = weight(path, layer)
+        size = "x".join(map(str, found.shape))
+        digests[path].update(f"{path}.weight {layer} {size} {str(found.dtype).removeprefix('torch.')}\n".encode())
+        digests[path].update(found.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return {path: digest.hexdigest() for path, digest in digests.items()}
 
 
 class _Piece(NamedTuple):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_tiedlora.checkpoint.adapter import Adapter
-from nemo_tiedlora.checkpoint.base import BaseFile
 from nemo_tiedlora.checkpoint.merge import Changes
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.targets import rows, shape, whole
@@ -36,17 +35,24 @@ class Pair(NamedTuple):
         return self._replace(A=A, B=B)
 
 
+class Weights(Protocol):
+    """Whatever has a base's weights: its file, or a model in memory."""
+
+    def weight(self, path: str, layer: int) -> Tensor:
+        """See ``BaseFile.weight``."""
+
+
 class PlainLora:
     """An adapter as plain LoRA on the linear layers of its base.
 
     Args:
-        base: open; only the weights that the method's equation reads are read.
+        base: only the weights that the method's equation reads are read.
 
     Attributes:
         scale: s of every layer.
     """
 
-    def __init__(self, adapter: Adapter, base: BaseFile):
+    def __init__(self, adapter: Adapter, base: Weights):
         self.adapter, self.base = adapter, base
         self.changes, self.scale = Changes(adapter), adapter.variant.scale
 

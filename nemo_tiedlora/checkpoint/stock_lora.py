@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from nemo_tiedlora.checkpoint.base import BaseFile
 from nemo_tiedlora.checkpoint.legacy import ADAPTERS
 from nemo_tiedlora.checkpoint.plain_lora import PlainLora, rounded
 from nemo_tiedlora.console import progress
@@ -20,7 +21,7 @@ from nemo_tiedlora.model.targets import TARGETS, places
 WEIGHTS = "model_weights.ckpt"
 
 
-def write(lora: PlainLora, out: Path, dtype: torch.dtype) -> dict[str, Any]:
+def write(lora: PlainLora, base: BaseFile, out: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Write the adapter to ``out``, a ``.nemo``.
 
     Where several matrices of a fused projection are adapted, its rank is the sum of theirs.
@@ -49,11 +50,13 @@ def write(lora: PlainLora, out: Path, dtype: torch.dtype) -> dict[str, Any]:
         for part, tensor in (("in", padded.A), ("out", lora.scale * padded.B)):
             key = f"{place}.linear_{part}.weight"
             state[key] = rounded(key, tensor, dtype)
-    _write(lora, out, state, sorted({target for _, target, *_ in found}), rank)
+    _write(lora, base, out, state, sorted({target for _, target, *_ in found}), rank)
     return {"parameters": sum(tensor.numel() for tensor in state.values()), "modules": len(found), "rank": rank}
 
 
-def _write(lora: PlainLora, out: Path, state: dict[str, torch.Tensor], targets: list[str], rank: int) -> None:
+def _write(
+    lora: PlainLora, base: BaseFile, out: Path, state: dict[str, torch.Tensor], targets: list[str], rank: int
+) -> None:
     some = len(lora.layers()) < lora.adapter.shape.num_layers
     settings = {
         "variant": "nemo",
@@ -67,9 +70,9 @@ def _write(lora: PlainLora, out: Path, state: dict[str, torch.Tensor], targets: 
         "weight_tying": False,
         "position_embedding_strategy": None,
     }
-    own = {"restore_from_path": str(lora.base.archive.path), "peft": {"peft_scheme": "lora", "lora_tuning": settings}}
+    own = {"restore_from_path": str(base.archive.path), "peft": {"peft_scheme": "lora", "lora_tuning": settings}}
     one_rank = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    config = OmegaConf.to_yaml(OmegaConf.merge(lora.base.config, own, one_rank)).encode()
+    config = OmegaConf.to_yaml(OmegaConf.merge(base.config, own, one_rank)).encode()
     weights = io.BytesIO()
     torch.save(state, weights)
     with replacing(out) as unfinished, tarfile.open(unfinished, "w", format=tarfile.GNU_FORMAT) as tar:

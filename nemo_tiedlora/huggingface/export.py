@@ -61,7 +61,7 @@ def export(
         checksums = check_trained_on(loaded, adapter, source, force)
         lora = PlainLora(loaded, source)
         if form == "nemo-lora":
-            facts = stock_lora.write(lora, out, type_)
+            facts = stock_lora.write(lora, source, out, type_)
         elif form == "gguf-lora":
             facts = gguf_lora.write(lora, family_of(hf_config(source.config)), out, type_)
         else:

@@ -1,0 +1,167 @@
+"""Adapters on transformers models, without NeMo: attached, trained, kept in the canonical file, merged, exported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from nemo_tiedlora.attach import Attached
+from nemo_tiedlora.checkpoint import Adapter, Base, read, write
+from nemo_tiedlora.checkpoint.adapter import paths_of, settings_of
+from nemo_tiedlora.checkpoint.plain_lora import PlainLora
+from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.files import new_folder
+from nemo_tiedlora.huggingface import peft_lora
+from nemo_tiedlora.huggingface.export import Dtype
+from nemo_tiedlora.huggingface.families import FAMILIES
+from nemo_tiedlora.huggingface.held import HeldBase
+from nemo_tiedlora.huggingface.placing import Found, Known, found
+from nemo_tiedlora.model.config import check_shape
+from nemo_tiedlora.variants import VariantConfig, config_for, count
+
+if TYPE_CHECKING:
+    import transformers
+
+
+class AttachedToTransformers(Attached):
+    """An adapter on a transformers model; see ``Attached`` for how it is trained and how it leaves.
+
+    ``print(adapter)`` says what is adapted and how many parameters are trained.
+    """
+
+    def __init__(self, model: nn.Module, config: VariantConfig, found: Found, stored: Collection[str] = ()):
+        super().__init__(model, config, found.places, found.layers, stored)
+        self.known = found.known
+
+    def __str__(self) -> str:
+        sites = [placed.place.site for placed in self.placed]
+        kinds = Counter((site.target, site.out_features, site.in_features) for site in sites)
+        trained, whole = count(self.variant, sites).trainable, sum(p.numel() for p in self.model.parameters())
+        lines = [f"{self.variant.config.scheme}, rank {self.variant.rank}: {trained:,} trained parameters"]
+        lines[0] += f", {100 * trained / whole:.3g} % of the model's"
+        for (target, rows, columns), layers in kinds.items():
+            lines.append(f"  {target} ({rows} x {columns}) in {layers} layer{'s' if layers > 1 else ''}")
+        if self.known is None and len(kinds) > 1:
+            lines.append("  layers of different kinds or shapes share no tensors")
+        return "\n".join(lines)
+
+    def callback(self) -> transformers.TrainerCallback:
+        """What ``transformers.Trainer`` needs in ``callbacks``, so that its optimizer's steps are the method's."""
+        from nemo_tiedlora.huggingface.trainer import AdapterCallback
+
+        return AdapterCallback(self)
+
+    def adapter(self) -> Adapter:
+        """The adapter as a value, with the checksums of the model's weights: what ``save`` writes.
+
+        Raises:
+            UsageError: the model is of no family of which there is such a file, or the adapter is merged.
+        """
+        known = self._family("save")
+        if self._merged:
+            raise UsageError("adapter", self.variant.config.scheme, "is merged; save it before, or unmerge() first")
+        config = self.variant.config
+        base = Base.of(known.shape, HeldBase(self.model, known).checksums(paths_of(config)))
+        tensors = {key: tensor.detach().cpu() for key, tensor in self.bank.kept(config.store_frozen).items()}
+        return Adapter(config.scheme, settings_of(config, self.variant, self.bank.checksums), base, tensors)
+
+    def save(self, path: str | Path) -> str:
+        """Write the adapter in the canonical form, which NeMo's side reads too.
+
+        Args:
+            path: a folder, or a file that ends in ``.nemo``.
+
+        Returns:
+            The adapter's SHA-256.
+
+        Raises:
+            UsageError: see ``adapter``; or the disk is full.
+        """
+        return write(self.adapter(), path)
+
+    def export_peft(self, folder: str | Path, dtype: Dtype = "float32", base_name: str | None = None) -> dict[str, Any]:
+        """Write the adapter as plain LoRA of Hugging Face PEFT, which computes the same.
+
+        Args:
+            folder: new or empty. base_name: what PEFT is told of the model's name.
+
+        Returns:
+            The numbers of parameters and of modules, and the rank.
+
+        Raises:
+            UsageError: see ``adapter``; values too large for the dtype; or there is something in the folder.
+        """
+        check_choice("dtype", dtype, get_args(Dtype))
+        known = self._family("export_peft")
+        lora = PlainLora(self.adapter(), HeldBase(self.model, known))
+        with new_folder(Path(folder), "folder") as unfinished:
+            return peft_lora.write(lora, known.modules, unfinished, getattr(torch, dtype), base_name)
+
+    def _family(self, what: str) -> Known:
+        if self.known is None:
+            way_out = f"{what} knows the files of {', '.join(FAMILIES)}; merge() it and save the model instead"
+            raise UsageError("model", type(self.model).__name__, way_out)
+        return self.known
+
+
+def attach(
+    model: nn.Module, scheme: str = "tied_lora", targets: Sequence[str] | str = "all-linear", **settings: Any
+) -> AttachedToTransformers:
+    """Adapt linear layers of a transformers model, in place; freeze everything else.
+
+    Args:
+        model: as ``from_pretrained`` gives it.
+        scheme: name of the method.
+        targets: what to adapt: names of modules or how they end (``q_proj``, ``attention.self.query``), with ``*`` and
+            ``?``; regular expressions of whole names; ``all-linear``; on the families that NeMo runs also NeMo's words:
+            ``attention_qkv`` is one adapter of all rows of q, k and v, ``attention_q`` one of q's, and so on.
+        settings: of the method, e.g. ``rank=8, preset="TL6"``.
+
+    Returns:
+        The adapter on the model.
+
+    Raises:
+        UsageError: an unknown method, setting or target, with the closest name; a rank that does not fit; or a model
+            that has an adapter already. Then the model is as it was.
+    """
+    config = config_for(scheme, settings)
+    place = found(model, targets, config)
+    return AttachedToTransformers(model, replace(config, target_modules=place.targets), place)
+
+
+def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToTransformers:
+    """Attach the adapter at ``path``, which was trained here or by NeMo on the base that is made of this model.
+
+    Args:
+        path: a folder or a ``.nemo`` in the canonical form.
+        force: also on other weights, if the shape is the same.
+
+    Raises:
+        UsageError: a file that is damaged, or one for another base. Then the model is as it was.
+    """
+    loaded = read(path)
+    config = loaded.config
+    place = found(model, config.target_modules, config)
+    if place.known is None:
+        way_out = f"made for one of {', '.join(FAMILIES)}"
+        raise UsageError("model", type(model).__name__, way_out)
+    check_shape(loaded.shape, OmegaConf.create(Base.of(place.known.shape).shape), "adapter", path)
+    held = HeldBase(model, place.known)
+    if loaded.base.checksums and not force and held.checksums(loaded.paths) != loaded.base.checksums:
+        dtype = str(place.places[0].spans[0].linear.weight.dtype).removeprefix("torch.")
+        way_out = f"its weights, in {dtype} here, are not those that the adapter was trained on; load the model that "
+        way_out += "was, in the dtype that it was saved in, or go on all the same with force=True"
+        raise UsageError("model", type(model).__name__, way_out)
+    attached = AttachedToTransformers(model, config, place, loaded.tensors.keys())
+    with torch.no_grad():
+        for key, tensor in attached.named_tensors().items():
+            if key in loaded.tensors:
+                tensor.copy_(loaded.tensors[key])
+    return attached

@@ -1,0 +1,242 @@
+"""Adapters on transformers models: the same files, sizes and outputs as NeMo's; they train, and come off again."""
+
+
+import pytest
+import random_adapters
+import torch
+import transformers
+import twins
+from peft import PeftModel
+from torch.func import functional_call
+
+from nemo_tiedlora import huggingface
+from nemo_tiedlora.checkpoint import read
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants import count
+
+#: Name → the model, the scheme and its settings: each method and each kind of target on separate and fused layers.
+CASES = {
+    "TL6": ("llama", "tied_lora", {"target_modules": ["all"], "alpha": 10.0}),
+    "LoRA": ("llama", "tied_lora", {"preset": "LoRA", "target_modules": ["attention_q", "mlp_up"],
+                                    "layer_selection": [1, 3]}),
+    "VeRA": ("qwen2", "vera", {"target_modules": ["attention_qkv"], "alpha": 3.0}),
+    "ShareLoRA": ("llama", "share_lora", {"groups": [[0, 1]], "target_modules": ["attention", "mlp_gate"]}),
+    "CondLoRA": ("llama", "cond_lora", {"target_modules": ["attention_qkv", "mlp_fc1"], "deviation": 0.1}),
+    "DynaLoRA": ("llama", "dyna_lora", {"inner": "tied_lora", "target_modules": ["attention_qkv", "mlp_fc2"]}),
+    "LoRA-XS": ("llama", "lora_xs", {"target_modules": ["attention_qkv"], "rank": 3}),
+    "Uni-LoRA": ("llama", "uni_lora", {"target_modules": ["attention_qkv"], "dimension": 300}),
+    "DoRA": ("llama", "tied_lora", {"target_modules": ["all"], "dora": True, "alpha": 7.0}),
+    "GPT-2": ("gpt2", "tied_lora", {"target_modules": ["all"], "dora": True}),
+    "GPT-2's parts": ("gpt2", "cond_lora", {"target_modules": ["attention_q", "attention_v", "mlp_fc1"],
+                                            "deviation": 0.1}),
+}  # fmt: skip
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_of_nemos_computes_the_same_here_and_is_written_again_byte_by_byte(name, bases, tmp_path):
+    kind, scheme, settings = CASES[name]
+    saved, base = bases(kind)
+    made = random_adapters.adapter_for(base, tmp_path / "nemo", scheme, **settings)
+    expected = twins.nemo_logits(base, tmp_path / "nemo")
+    model = twins.transformers_model(saved)
+    plain = model(twins.IDS).logits
+    assert (expected - plain).abs().max() > 0.5
+    modules = [id(module) for module in model.modules()]
+    adapter = huggingface.load(model, tmp_path / "nemo")
+    torch.testing.assert_close(model(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    with adapter.disabled():
+        assert torch.equal(model(twins.IDS).logits, plain)
+    adapter.save(tmp_path / "here")
+    assert contents(tmp_path / "here") == contents(tmp_path / "nemo")
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count(made.variant, made.sites).trainable
+    adapter.export_peft(tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(twins.transformers_model(saved), tmp_path / "peft").eval()
+    torch.testing.assert_close(theirs(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    adapter.merge()
+    torch.testing.assert_close(model(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    assert [id(module) for module in model.modules()] == modules
+
+
+def fused(q, k, v, groups, head):
+    """Megatron's order of rows: a group's queries, its key, its value."""
+    parts = [part.view(groups, -1, head, part.shape[-1]) for part in (q, k, v)]
+    return torch.cat(parts, 1).flatten(0, 2)
+
+
+def separate(whole, groups, head, heads):
+    split = whole.view(groups, heads // groups + 2, head, -1)
+    return split[:, :-2].flatten(0, 2), split[:, -2].flatten(0, 1), split[:, -1].flatten(0, 1)
+
+
+@pytest.mark.parametrize("scheme", ["tied_lora", "cond_lora"])
+def test_forward_and_gradients_on_separate_projections_follow_the_equation(scheme, bases):
+    saved, _ = bases("llama")
+    model = twins.transformers_model(saved).double()
+    adapter = huggingface.attach(model, scheme, ["attention_qkv"], rank=4, alpha=6.0)
+    named = adapter.named_tensors()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in named.values():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=draw, dtype=tensor.dtype)
+    logits = model(twins.IDS).logits
+    logits.square().mean().backward()
+    ours = {key: tensor.grad.clone() for key, tensor in named.items()}
+    model.zero_grad()
+    weights = {}
+    for layer in range(3):
+        names = [f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"]
+        W = fused(*(model.get_parameter(name) for name in names), 2, 8)
+        if scheme == "tied_lora":
+            A = named[f"attention_qkv.{layer}.u"][:, None] * named["attention_qkv.A"]
+            B = named[f"attention_qkv.{layer}.v"][:, None] * named["attention_qkv.B"]
+        else:
+            A, B = named["attention_qkv.theta_A"].T @ W, W @ named["attention_qkv.theta_B"]
+        weights |= dict(zip(names, separate(W + 1.5 * B @ A, 2, 8, 6), strict=True))
+    with adapter.disabled():
+        expected = functional_call(model, weights, (twins.IDS,)).logits
+    expected.square().mean().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    for key, gradient in ours.items():
+        torch.testing.assert_close(gradient, named[key].grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "same"),
+    [
+        ("llama", ["q_proj", "v_proj"], ["attention_q", "attention_v"]),
+        ("llama", ["mlp.*_proj"], ["mlp_gate", "mlp_up", "mlp_fc2"]),
+        ("llama", r"model\.layers\.\d+\.self_attn\.o_proj", ["attention_dense"]),
+        ("gpt2", ["c_attn"], ["attention_qkv"]),
+        ("gpt2", "all-linear", ["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"]),
+    ],
+)
+def test_what_is_trained_here_is_read_by_nemo(kind, targets, same, bases, tmp_path):
+    saved, base = bases(kind)
+    model = twins.transformers_model(saved)
+    adapter = huggingface.attach(model, "tied_lora", targets, rank=4)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-1))
+    adapter.attach_to(optimizer)
+    losses = []
+    for _ in range(3):
+        losses.append(model(twins.IDS, labels=twins.IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    adapter.save(tmp_path / "adapter")
+    assert read(tmp_path / "adapter").settings["target_modules"] == same
+    with torch.no_grad():
+        expected = model(twins.IDS).logits
+    torch.testing.assert_close(twins.nemo_logits(base, tmp_path / "adapter"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_dyna_lora_sees_of_separate_projections_is_their_joined_output(bases):
+    saved, _ = bases("llama")
+    model = twins.transformers_model(saved).train()
+    adapter = huggingface.attach(model, "dyna_lora", ["attention_qkv"], rank=2, active=1, period=1)
+    seen = []
+    layers = [layer.self_attn for layer in model.model.layers]
+    for layer in layers:
+        for part in (layer.q_proj, layer.k_proj, layer.v_proj):
+            part.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone()))
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(1e-2))
+    adapter.attach_to(optimizer)
+    model(twins.IDS, labels=twins.IDS).loss.backward()
+    optimizer.step()
+    expected = [torch.cat(seen[n : n + 3], -1).flatten(1).norm(dim=1).sum().item() for n in range(0, len(seen), 3)]
+    torch.testing.assert_close(torch.tensor(adapter.variant.importance), torch.tensor(expected))
+
+
+ENCODERS = {
+    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, {"intermediate_size": 40}),
+    "roberta": (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, {"intermediate_size": 40}),
+}
+
+
+def encoder(name):
+    torch.manual_seed(0)
+    kind, config, more = ENCODERS[name]
+    sizes = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return kind(config(**sizes, **more, initializer_range=0.3)).double().eval()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("scheme", ["tied_lora", "vera", "share_lora", "cond_lora", "dyna_lora", "lora_xs"])
+def test_every_method_on_an_encoder(name, scheme):
+    model, ids = encoder(name), torch.arange(24).view(2, 12) + 3
+    adapter = huggingface.attach(model, scheme, ["query", "value"], rank=4)
+    optimizer = torch.optim.AdamW(adapter.parameter_groups(0.1))
+    adapter.attach_to(optimizer)
+    before = model(ids).logits
+    for _ in range(2):
+        model(ids, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model(ids).logits
+    assert (after - before).abs().max() > 1e-6
+    place = f"{name}.encoder.layer.attention.self"
+    if scheme == "cond_lora":
+        assert sum(tensor.numel() for tensor in adapter.named_tensors().values()) == 2 * 4 * (24 + 24)
+        weights = {}
+        for layer in range(3):
+            for part in ("query", "value"):
+                weight = f"{name}.encoder.layer.{layer}.attention.self.{part}.weight"
+                W, theta = model.get_parameter(weight), adapter.named_tensors()
+                A, B = theta[f"{place}.{part}.theta_A"].T @ W, W @ theta[f"{place}.{part}.theta_B"]
+                weights[weight] = W + B @ A
+        with adapter.disabled():
+            expected = functional_call(model, weights, (ids,)).logits
+        torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(adapter.merge()(ids).logits, after, rtol=1e-9, atol=1e-9)
+
+
+def dyna(bases):
+    model = twins.transformers_model(bases("llama")[0])
+    adapter = huggingface.attach(model, "dyna_lora", ["attention_qkv"], rank=2, active=1, period=1)
+    return adapter, torch.optim.AdamW(adapter.parameter_groups(1e-2))
+
+
+def trainer(folder, adapter, optimizer, callbacks, steps=4):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (8, 12))]
+    args = transformers.TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=2, save_steps=2, lr_scheduler_type="constant",
+        learning_rate=1e-2, report_to=[], logging_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    return transformers.Trainer(
+        adapter.model, args, train_dataset=rows, optimizers=(optimizer, None), callbacks=callbacks
+    )
+
+
+def test_trainer_lets_dyna_lora_take_turns_and_goes_on_from_its_checkpoint(bases, tmp_path):
+    torch.manual_seed(0)
+    ends = []
+    for steps, resume in ((4, None), (2, None), (4, str(tmp_path / "2" / "checkpoint-2"))):
+        torch.manual_seed(1)
+        adapter, optimizer = dyna(bases)
+        run = trainer(tmp_path / str(steps), adapter, optimizer, [adapter.callback()], steps)
+        run.train(resume_from_checkpoint=resume)
+        assert adapter.variant.step == steps and sum(adapter.variant.active_steps) == steps
+        ends.append((adapter.variant.state_dict(), adapter.named_tensors()))
+    (whole, tensors), _, (resumed, again) = ends
+    assert resumed == whole and len({tuple(choice["active"]) for choice in whole["log"]}) > 1
+    for key, tensor in tensors.items():
+        assert torch.equal(again[key], tensor), key
+    # What Trainer saved is the model under its own names, beside the adapter.
+    saved = twins.transformers_model(tmp_path / "2" / "checkpoint-2")
+    with adapter.disabled(), torch.no_grad():
+        assert torch.equal(saved(twins.IDS).logits, adapter.model.eval()(twins.IDS).logits)
+
+
+def test_what_trainer_is_not_told_is_an_error_at_the_first_step(bases, tmp_path):
+    adapter, optimizer = dyna(bases)
+    before = {key: tensor.detach().clone() for key, tensor in adapter.named_tensors().items()}
+    with pytest.raises(UsageError, match="dyna_lora takes part in every step.*adapter.parameter_groups"):
+        trainer(tmp_path, adapter, optimizer, []).train()
+    with pytest.raises(UsageError, match="is in none of its groups; make it of adapter.parameter_groups"):
+        trainer(tmp_path, adapter, None, [adapter.callback()]).train()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter.named_tensors().items())
