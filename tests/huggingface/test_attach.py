@@ -1,8 +1,11 @@
 """Adapters on transformers models: the same files, sizes and outputs as NeMo's; they train, and come off again."""
 
+import subprocess
+import sys
 
 import pytest
 import random_adapters
+import saved_models
 import torch
 import transformers
 import twins
@@ -202,7 +205,8 @@ def dyna(bases):
 
 
 def trainer(folder, adapter, optimizer, callbacks, steps=4):
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (8, 12))]
+    draw = torch.Generator().manual_seed(3)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 300, (8, 12), generator=draw)]
     args = transformers.TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=2, save_steps=2, lr_scheduler_type="constant",
         learning_rate=1e-2, report_to=[], logging_strategy="no", use_cpu=True, disable_tqdm=True,
@@ -213,10 +217,8 @@ def trainer(folder, adapter, optimizer, callbacks, steps=4):
 
 
 def test_trainer_lets_dyna_lora_take_turns_and_goes_on_from_its_checkpoint(bases, tmp_path):
-    torch.manual_seed(0)
     ends = []
     for steps, resume in ((4, None), (2, None), (4, str(tmp_path / "2" / "checkpoint-2"))):
-        torch.manual_seed(1)
         adapter, optimizer = dyna(bases)
         run = trainer(tmp_path / str(steps), adapter, optimizer, [adapter.callback()], steps)
         run.train(resume_from_checkpoint=resume)
@@ -240,3 +242,148 @@ def test_what_trainer_is_not_told_is_an_error_at_the_first_step(bases, tmp_path)
     with pytest.raises(UsageError, match="is in none of its groups; make it of adapter.parameter_groups"):
         trainer(tmp_path, adapter, None, [adapter.callback()]).train()
     assert all(torch.equal(tensor, before[key]) for key, tensor in adapter.named_tensors().items())
+
+
+def vision():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8))
+    return model, {"pixel_values": torch.ones(2, 3, 16, 16)}
+
+
+def encoder_decoder():
+    sizes = {"vocab_size": 50, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    ids = torch.arange(16).view(2, 8) + 3
+    return model, {"input_ids": ids, "decoder_input_ids": ids}
+
+
+def image_and_text():
+    text = transformers.LlamaConfig(**(saved_models.SIZES | {"num_hidden_layers": 2}))
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    image = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(image, text, image_token_index=335, vision_feature_layer=-1)
+    )
+    ids = torch.cat([torch.full((2, 4), 335), torch.arange(8).view(2, 4) + 3], 1)
+    return model, {"input_ids": ids, "pixel_values": torch.ones(2, 3, 16, 16)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("make", "targets", "sites"),
+    [
+        (vision, "all-linear", 2 * 6),
+        (encoder_decoder, ["q", "v"], 2 * 3 * 2),
+        (image_and_text, ["q_proj", "v_proj"], 2 * 2 * 2),
+    ],
+)
+def test_other_kinds_of_models_take_adapters_of_their_own_layers(make, targets, sites):
+    torch.manual_seed(0)
+    model, inputs = make()
+    model = model.double().eval()
+    inputs = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    before = model(**inputs).logits
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapter = huggingface.attach(model, "tied_lora", targets, rank=4)
+    assert len(adapter.placed) == sites and "tied_lora, rank 4" in str(adapter)
+    for tensor in adapter.named_tensors().values():
+        tensor += 0.3 * torch.randn_like(tensor)
+    after = model(**inputs).logits
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(adapter.merge()(**inputs).logits, after, rtol=1e-9, atol=1e-9)
+    adapter.unmerge()
+    adapter.detach()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-12, atol=1e-12)
+
+
+def test_layers_of_other_shapes_share_nothing():
+    model, _ = encoder_decoder()
+    named = huggingface.attach(model, "tied_lora", ["wi", "wo", "q"], rank=4, preset="TL5").named_tensors()
+    shapes = {key: tuple(tensor.shape) for key, tensor in named.items() if key.endswith("DenseReluDense.wi.A")}
+    assert shapes == {f"{side}.block.layer.DenseReluDense.wi.A": (4, 24) for side in ("encoder", "decoder")}
+    assert len(named) == 2 * (2 * 2 + 3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings", "message"),
+    [
+        (["q_prj"], {}, "targets='q_prj': no linear layer has this name; did you mean 'q_proj'. Valid: q_proj, k_proj"),
+        (["attention_qkw"], {}, "targets='attention_qkw': no linear layer has this name"),
+        (["attention_qkv", "q_proj"], {}, "targets='attention_q': is inside a fused projection"),
+        (["layers.1.self_attn.q_proj"], {}, "names 1 of 3 layers; name all and choose with layer_selection"),
+        (["lm_head"], {}, "targets='lm_head': no linear layer has this name"),
+        ([], {}, "targets=.*: write a list of names"),
+        (["("], {}, "no linear layer has this name"),
+        (["q_proj"], {"rang": 4}, "rang=4: unknown setting; did you mean 'rank'"),
+        (["q_proj"], {"scheme": "tied_lore"}, "did you mean 'tied_lora'"),
+        (["q_proj"], {"rank": 4000}, "rank=4000: larger than the layer"),
+        (["q_proj"], {"layer_selection": [4]}, "layer_selection=4: the model has layers 1 to 3"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line_and_changes_nothing(targets, settings, message, bases):
+    model = twins.transformers_model(bases("llama")[0])
+    before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    with pytest.raises(UsageError, match=message) as error:
+        huggingface.attach(model, **({"scheme": "tied_lora"} | settings), targets=targets)
+    assert "\n" not in str(error.value)
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before
+
+
+def test_a_file_goes_onto_the_model_it_was_trained_on_only(bases, tmp_path):
+    saved, base = bases("llama")
+    random_adapters.adapter_for(base, tmp_path / "adapter", "tied_lora", target_modules=["attention_qkv"])
+    other = twins.transformers_model(saved)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.k_proj.weight[0, 0] += 1
+    with pytest.raises(UsageError, match="its weights, in float32 here, are not those that the adapter was trained on"):
+        huggingface.load(other, tmp_path / "adapter")
+    adapter = huggingface.load(other, tmp_path / "adapter", force=True)
+    with pytest.raises(UsageError, match="q_proj has an adapter already; merge.. or detach"):
+        huggingface.load(other, tmp_path / "adapter", force=True)
+    assert all(tensor.requires_grad for tensor in adapter.named_tensors().values())
+    adapter.merge()
+    with pytest.raises(UsageError, match="is merged; save it before"):
+        adapter.save(tmp_path / "merged")
+    for kind, message in (("mistral", "made for another base: kv_channels"), ("gpt2", "made for another base")):
+        with pytest.raises(UsageError, match=message):
+            huggingface.load(twins.transformers_model(bases(kind)[0]), tmp_path / "adapter")
+    with pytest.raises(UsageError, match="attention_qkv.*a word for LlamaForCausalLM"):
+        huggingface.load(encoder("bert"), tmp_path / "adapter")
+    with pytest.raises(UsageError, match="BertForSequenceClassification.*save knows the files of Llama"):
+        huggingface.attach(encoder("bert"), "tied_lora", ["query"], rank=2).save(tmp_path / "bert")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_saved_model_has_the_models_own_names_whether_the_adapter_is_on_or_off(bases, tmp_path):
+    saved, _ = bases("gpt2")
+    model = twins.transformers_model(saved)
+    adapter = huggingface.attach(model, "tied_lora", ["c_attn"], rank=2)
+    with torch.no_grad():
+        adapter.named_tensors()["attention_qkv.0.v"].normal_()
+        adapted = model(twins.IDS).logits
+    model.save_pretrained(tmp_path / "on")
+    assert torch.equal(twins.logits(tmp_path / "on"), twins.logits(saved))
+    adapter.merge().save_pretrained(tmp_path / "merged")
+    assert {name for name in model.state_dict() if "adapter" in name} == set()
+    torch.testing.assert_close(twins.logits(tmp_path / "merged"), adapted, atol=1e-4, rtol=1e-4)
+
+
+def test_nemo_is_not_imported(tmp_path):
+    code = """
+import sys, torch, transformers
+from nemo_tiedlora import huggingface
+assert "transformers" in sys.modules
+sizes = dict(vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+adapter = huggingface.attach(model, "tied_lora", ["attention_qkv"], rank=2)
+adapter.callback()
+adapter.save(sys.argv[1])
+adapter.detach()
+huggingface.load(model, sys.argv[1])
+assert not {"nemo", "megatron", "lightning", "pytorch_lightning"} & set(sys.modules)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
