@@ -1,6 +1,6 @@
 """One adapter as a value: what it is, what it was trained on, and its tensors, whole and unsharded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -16,6 +16,8 @@ from nemo_tiedlora.model.targets import OPTIONAL_FIELDS, SHAPE_FIELDS, TARGETS, 
 from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.frozen import check
 
+#: Under this name a base's shape has the linear layers of a model that NeMo does not run; it has fewer kinds than that.
+KINDS, MOST_KINDS = "kinds", 4096
 #: Packages whose versions a saved adapter records.
 PACKAGES = ("nemo_tiedlora", "torch", "nemo_toolkit", "megatron-core")
 
@@ -37,9 +39,10 @@ class Base:
 
     Args:
         shape: the fields of its config that decide the adapter's tensors: ``SHAPE_FIELDS`` and ``activation``;
-            those that are null are left out.
+            those that are null are left out. Of a model that NeMo does not run: ``num_layers``, and under ``KINDS``
+            the adapted linear layers, by kind: ``in``, ``out`` and the numbers of the ``layers``.
         checksums: SHA-256 of the weights of each adapted kind, by path; see ``checkpoint.base.checksums``. Empty:
-            not recorded.
+            not recorded. Of a model that NeMo does not run, by kind.
     """
 
     shape: dict[str, Any]
@@ -50,6 +53,39 @@ class Base:
         """From a NeMo GPT's model config."""
         shape = {name: model.get(name) for name in (*SHAPE_FIELDS, "activation")}
         return cls(_said(shape), dict(checksums or {}))
+
+    @classmethod
+    def of_sites(cls, sites: Iterable[Site], layers: int, checksums: Mapping[str, str]) -> "Base":
+        """Of a model that NeMo does not run, from the adapted layers."""
+        kinds: dict[str, Any] = {}
+        for site in sites:
+            kind = {"in": site.in_features, "out": site.out_features, "layers": []}
+            kinds.setdefault(site.target, kind)["layers"].append(site.layer)
+        return cls({"num_layers": layers, KINDS: kinds}, dict(checksums))
+
+    @property
+    def kinds(self) -> list[Site] | None:
+        """The adapted layers of a model that NeMo does not run; None of one that it does.
+
+        Raises:
+            UsageError: what stands there is no list of layers.
+        """
+        kinds: Any = self.shape.get(KINDS)
+        most: Any = self.shape.get("num_layers")
+        if kinds is None:
+            return None
+        if not _is_size(most, MOST_LAYERS):
+            raise UsageError("base.num_layers", most, "not a size that a model can have")
+        if not isinstance(kinds, dict) or not 1 <= len(kinds) <= MOST_KINDS:
+            raise UsageError(f"base.{KINDS}", "…", "not kinds of linear layers by name")
+        for name, kind in kinds.items():
+            fits = isinstance(kind, dict) and kind.keys() == {"in", "out", "layers"}
+            fits = fits and _is_size(kind["in"], MOST_SIZE) and _is_size(kind["out"], MOST_SIZE)
+            numbers = kind["layers"] if fits else None
+            fits = isinstance(numbers, list) and all(type(n) is int and 0 <= n < most for n in numbers)
+            if not fits or not numbers or len(set(numbers)) < len(numbers):
+                raise UsageError(f"base.{KINDS}.{name}", kind, "not the sizes and the layers of a kind")
+        return [Site(name, layer, kind["in"], kind["out"]) for name, kind in kinds.items() for layer in kind["layers"]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +125,8 @@ class Blueprint:
     @cached_property
     def variant(self) -> Variant:
         """The source of factors, told of all layers."""
-        _check_shape(self.base.shape)
+        if self.base.kinds is None:
+            _check_shape(self.base.shape)
         variant = build(self.config, self.shape.num_layers)
         variant.start(self.sites)
         return variant
@@ -97,6 +134,8 @@ class Blueprint:
     @cached_property
     def sites(self) -> list[Site]:
         """The adapted layers."""
+        if self.base.kinds is not None:
+            return self.base.kinds
         for layer in self.config.layer_selection or ():
             if not 1 <= layer <= self.shape.num_layers:
                 raise UsageError("layer_selection", layer, f"the base has layers 1 to {self.shape.num_layers}")
@@ -204,12 +243,16 @@ def _said(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _is_size(size: object, most: int) -> bool:
+    return type(size) is int and 1 <= size <= most
+
+
 def _check_shape(shape: dict[str, Any]) -> None:
     for name in SHAPE_FIELDS:
         size = shape.get(name)
         if size is None and name in OPTIONAL_FIELDS:
             continue
-        if type(size) is not int or not 1 <= size <= (MOST_LAYERS if name == "num_layers" else MOST_SIZE):
+        if not _is_size(size, MOST_LAYERS if name == "num_layers" else MOST_SIZE):
             raise UsageError(f"base.{name}", size, "not a size that a model can have")
     if shape["num_attention_heads"] % (shape.get("num_query_groups") or 1):
         raise UsageError("base.num_query_groups", shape["num_query_groups"], "does not divide the attention heads")

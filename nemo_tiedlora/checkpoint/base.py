@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -172,13 +172,13 @@ class BaseFile(ABC):
         Of the layers in order: a line ``<path>.weight <layer> <out>x<in> <dtype>`` and then the weight's bytes, row by
         row, little-endian. It says nothing of how the file is packed or sharded, and needs one weight in memory.
         """
-        return checksums(paths, self.config.num_layers, self.weight)
+        return checksums({path: range(self.config.num_layers) for path in paths}, self.weight)
 
 
-def checksums(paths: list[str], layers: int, weight: Callable[[str, int], Tensor]) -> dict[str, str]:
+def checksums(layers: Mapping[str, Iterable[int]], weight: Callable[[str, int], Tensor]) -> dict[str, str]:
     """As ``BaseFile.checksums``, of whatever gives the ``weight`` (out, in) at a path of one of its ``layers``."""
-    steps = [(path, layer) for path in paths for layer in range(layers)]
-    digests = {path: hashlib.sha256() for path in paths}
+    steps = [(path, layer) for path, numbers in layers.items() for layer in numbers]
+    digests = {path: hashlib.sha256() for path in layers}
     for path, layer in progress(steps, "base checksum", len(steps)):
         found = weight(path, layer)
         size = "x".join(map(str, found.shape))

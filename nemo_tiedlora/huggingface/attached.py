@@ -18,11 +18,11 @@ from nemo_tiedlora.checkpoint.adapter import paths_of, settings_of
 from nemo_tiedlora.checkpoint.plain_lora import PlainLora
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.files import new_folder
-from nemo_tiedlora.huggingface import peft_lora
+from nemo_tiedlora.huggingface import heads, peft_lora
 from nemo_tiedlora.huggingface.export import Dtype
 from nemo_tiedlora.huggingface.families import FAMILIES
-from nemo_tiedlora.huggingface.held import HeldBase
-from nemo_tiedlora.huggingface.placing import Found, Known, found
+from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
+from nemo_tiedlora.huggingface.placing import Found, Known, again, found, heads_of
 from nemo_tiedlora.model.config import check_shape
 from nemo_tiedlora.variants import VariantConfig, config_for, count
 
@@ -38,7 +38,30 @@ class AttachedToTransformers(Attached):
 
     def __init__(self, model: nn.Module, config: VariantConfig, found: Found, stored: Collection[str] = ()):
         super().__init__(model, config, found.places, found.layers, stored)
-        self.known = found.known
+        self.known, self.layers = found.known, found.layers
+        #: Names of the modules that are trained whole.
+        self.heads = heads_of(model)
+        self._want_heads()
+
+    def _want_heads(self) -> None:
+        for parameter in self._head_parameters():
+            parameter.requires_grad_(True)
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        return [parameter for name in self.heads for parameter in self.model.get_submodule(name).parameters()]
+
+    def parameter_groups(self, lr: float | None = None) -> list[dict[str, Any]]:
+        """As ``Attached``'s, and the parameters of the heads in a group of their own."""
+        groups = super().parameter_groups(lr)
+        if self.heads:
+            groups.append({"params": self._head_parameters()} | ({} if lr is None else {"lr": lr}))
+        return groups
+
+    def unmerge(self) -> nn.Module:
+        """As ``Attached``'s; heads want gradients again."""
+        super().unmerge()
+        self._want_heads()
+        return self.model
 
     def __str__(self) -> str:
         sites = [placed.place.site for placed in self.placed]
@@ -50,6 +73,9 @@ class AttachedToTransformers(Attached):
             lines.append(f"  {target} ({rows} x {columns}) in {layers} layer{'s' if layers > 1 else ''}")
         if self.known is None and len(kinds) > 1:
             lines.append("  layers of different kinds or shapes share no tensors")
+        if self.heads:
+            trained = sum(parameter.numel() for parameter in self._head_parameters())
+            lines.append(f"  {', '.join(self.heads)}: trained whole, {trained:,} parameters more")
         return "\n".join(lines)
 
     def callback(self) -> transformers.TrainerCallback:
@@ -62,21 +88,25 @@ class AttachedToTransformers(Attached):
         """The adapter as a value, with the checksums of the model's weights: what ``save`` writes.
 
         Raises:
-            UsageError: the model is of no family of which there is such a file, or the adapter is merged.
+            UsageError: the adapter is merged.
         """
-        known = self._family("save")
         if self._merged:
             raise UsageError("adapter", self.variant.config.scheme, "is merged; save it before, or unmerge() first")
-        config = self.variant.config
-        base = Base.of(known.shape, HeldBase(self.model, known).checksums(paths_of(config)))
+        config, known, places = self.variant.config, self.known, [placed.place for placed in self.placed]
+        if known:
+            base = Base.of(known.shape, HeldBase(self.model, known).checksums(paths_of(config)))
+        else:
+            base = Base.of_sites([place.site for place in places], self.layers, checksums_of(places))
         tensors = {key: tensor.detach().cpu() for key, tensor in self.bank.kept(config.store_frozen).items()}
         return Adapter(config.scheme, settings_of(config, self.variant, self.bank.checksums), base, tensors)
 
     def save(self, path: str | Path) -> str:
-        """Write the adapter in the canonical form, which NeMo's side reads too.
+        """Write the adapter in the canonical form, which NeMo's side reads too where it runs such models.
+
+        Heads that are trained whole are beside it, in ``heads.safetensors``.
 
         Args:
-            path: a folder, or a file that ends in ``.nemo``.
+            path: a folder.
 
         Returns:
             The adapter's SHA-256.
@@ -84,7 +114,11 @@ class AttachedToTransformers(Attached):
         Raises:
             UsageError: see ``adapter``; or the disk is full.
         """
-        return write(self.adapter(), path)
+        if Path(path).suffix:
+            raise UsageError("path", str(path), "must be a folder, of a name without an ending")
+        sha256 = write(self.adapter(), path)
+        heads.write(self.model, self.heads, Path(path))
+        return sha256
 
     def export_peft(self, folder: str | Path, dtype: Dtype = "float32", base_name: str | None = None) -> dict[str, Any]:
         """Write the adapter as plain LoRA of Hugging Face PEFT, which computes the same.
@@ -96,7 +130,8 @@ class AttachedToTransformers(Attached):
             The numbers of parameters and of modules, and the rank.
 
         Raises:
-            UsageError: see ``adapter``; values too large for the dtype; or there is something in the folder.
+            UsageError: a model of another family than ``FAMILIES``; see ``adapter``; values too large for the dtype; or
+                there is something in the folder.
         """
         check_choice("dtype", dtype, get_args(Dtype))
         known = self._family("export_peft")
@@ -114,7 +149,7 @@ class AttachedToTransformers(Attached):
 def attach(
     model: nn.Module, scheme: str = "tied_lora", targets: Sequence[str] | str = "all-linear", **settings: Any
 ) -> AttachedToTransformers:
-    """Adapt linear layers of a transformers model, in place; freeze everything else.
+    """Adapt linear layers of a transformers model, in place; freeze everything else but the heads of a task.
 
     Args:
         model: as ``from_pretrained`` gives it.
@@ -148,13 +183,20 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToT
     """
     loaded = read(path)
     config = loaded.config
-    place = found(model, config.target_modules, config)
-    if place.known is None:
-        way_out = f"made for one of {', '.join(FAMILIES)}"
-        raise UsageError("model", type(model).__name__, way_out)
-    check_shape(loaded.shape, OmegaConf.create(Base.of(place.known.shape).shape), "adapter", path)
-    held = HeldBase(model, place.known)
-    if loaded.base.checksums and not force and held.checksums(loaded.paths) != loaded.base.checksums:
+    if loaded.base.kinds is not None:
+        place = again(model, loaded.sites, config.target_modules, loaded.base.shape["num_layers"])
+        known = None
+    else:
+        place = found(model, config.target_modules, config)
+        known = place.known
+        assert known is not None  # or the words were refused
+        check_shape(loaded.shape, OmegaConf.create(Base.of(known.shape).shape), "adapter", path)
+    saved_heads = heads.read(model, Path(path))
+    if loaded.base.checksums and not force:
+        here = HeldBase(model, known).checksums(loaded.paths) if known else checksums_of(place.places)
+    else:
+        here = loaded.base.checksums
+    if here != loaded.base.checksums:
         dtype = str(place.places[0].spans[0].linear.weight.dtype).removeprefix("torch.")
         way_out = f"its weights, in {dtype} here, are not those that the adapter was trained on; load the model that "
         way_out += "was, in the dtype that it was saved in, or go on all the same with force=True"
@@ -164,4 +206,6 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToT
         for key, tensor in attached.named_tensors().items():
             if key in loaded.tensors:
                 tensor.copy_(loaded.tensors[key])
+        for parameter, tensor in saved_heads:
+            parameter.copy_(tensor)
     return attached

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nemo_tiedlora.attach.placed import PlacedWeight
+from nemo_tiedlora.attach.placed import Place, PlacedWeight
 from nemo_tiedlora.checkpoint.base import checksums
 from nemo_tiedlora.huggingface.placing import Known, place
 from nemo_tiedlora.model.targets import shape, whole
@@ -26,4 +26,13 @@ class HeldBase:
 
     def checksums(self, paths: list[str]) -> dict[str, str]:
         """Those of the base that the model becomes; see ``BaseFile.checksums``."""
-        return checksums(paths, self.known.shape.num_layers, self.weight)
+        return checksums({path: range(self.known.shape.num_layers) for path in paths}, self.weight)
+
+
+def checksums_of(places: list[Place]) -> dict[str, str]:
+    """SHA-256 of the adapted weights of each kind, by kind, as ``BaseFile.checksums``."""
+    weights = {(one.site.target, one.site.layer): PlacedWeight(one) for one in places}
+    layers: dict[str, list[int]] = {}
+    for target, layer in weights:
+        layers.setdefault(target, []).append(layer)
+    return checksums(layers, lambda target, layer: (weight := weights[target, layer])(weight.tensor.dtype).cpu())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
     from nemo_tiedlora.huggingface.modules import Module, Modules
 
 ALL = "all-linear"
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+#: What transformers calls the last layers of models for a task.
+HEADS = ("classifier", "score", "qa_outputs", "classification_head", "logits_proj", "regressor")
 
 
 class Known(NamedTuple):
@@ -76,7 +76,7 @@ def found(model: nn.Module, targets: Sequence[str] | str, config: VariantConfig)
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list | tuple) or not targets or not all(isinstance(name, str) for name in targets):
         raise UsageError("targets", targets, f"write a list of names, such as ['q_proj'], or '{ALL}'")
-    linear = {name: module for name, module in model.named_modules() if sizes(module) and _runs(module)}
+    linear = _linear(model)
     words = [target for target in targets if target in TARGETS or target in NAMES]
     try:
         family = known(model)
@@ -188,36 +188,74 @@ def place(model: nn.Module, site: Site, family: Known) -> Place:
 
 
 def _by_name(targets: Sequence[str], linear: dict[str, Any], config: VariantConfig) -> Found:
-    wanted = {name: None for target in targets for name in matching(target, linear)}
-    if ALL in targets:  # heads learn something else
-        wanted = {name: None for name in wanted if NUMBER.search(f".{name}.")} or wanted
-
-    def kind(name: str) -> tuple[str, tuple[int, int]]:
-        path = NUMBER.sub("", f".{name}.").replace("..", ".").replace("..", ".").strip(".")
-        return path, sizes(linear[name]) or (0, 0)
-
-    groups = {key: list(names) for key, names in groupby(sorted(wanted, key=kind), key=kind)}
-    paths = [path for path, _ in groups]
-    found = []
-    for (path, (columns, rows)), unordered in groups.items():
-        names = [name for name in linear if name in set(unordered)]
-        # Layers of other shapes cannot share tensors: they are another kind.
-        target = path if paths.count(path) == 1 else f"{path} {rows}x{columns}"
-        for layer, name in zip(_layers(names), names, strict=True):
-            found.append(Place(Site(target, layer, columns, rows), (Span(name, linear[name]),)))
-    layers = 1 + max(one.site.layer for one in found)
+    wanted = {name for target in targets for name in matching(target, linear)}
+    if ALL in targets:  # heads and poolers are in no layer
+        wanted = {name for name in wanted if _numbers(name)} or wanted
+    everything = by_kind(linear)
+    layers = 1 + max(everything[name].site.layer for name in wanted)
     for layer in config.layer_selection or ():
         if not 1 <= layer <= layers:
             raise UsageError("layer_selection", layer, f"the model has layers 1 to {layers}")
     adapted = config.adapted_layers(layers)
-    found = [one for one in found if one.site.layer in adapted]
+    found = [one for name, one in everything.items() if name in wanted and one.site.layer in adapted]
+    if not found:
+        raise UsageError("layer_selection", config.layer_selection, "none of the targets is in these layers")
     return Found(list(dict.fromkeys(one.site.target for one in found)), found, layers, None)
+
+
+def by_kind(linear: dict[str, Any]) -> dict[str, Place]:
+    """Every linear layer's site by the layer's name: its kind is its path without numbers, and if other shapes have
+    that too, its shape: they could not share tensors."""
+    groups: dict[str, dict[tuple[int, int], list[str]]] = {}
+    for name, module in linear.items():
+        path = ".".join(part for part in name.split(".") if not part.isdecimal())
+        groups.setdefault(path, {}).setdefault(sizes(module) or (0, 0), []).append(name)
+    found = {}
+    for path, shapes in groups.items():
+        for (columns, rows), names in shapes.items():
+            target = path if len(shapes) == 1 else f"{path} {rows}x{columns}"
+            for layer, name in zip(_layers(names), names, strict=True):
+                found[name] = Place(Site(target, layer, columns, rows), (Span(name, linear[name]),))
+    return {name: found[name] for name in linear}
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdecimal()]
 
 
 def _layers(names: list[str]) -> list[int]:
     """The number of each name's layer: the one in its path that tells them apart, or else their order."""
-    numbers = [tuple(map(int, NUMBER.findall(f".{name}."))) for name in names]
+    numbers = [_numbers(name) for name in names]
     if len(names) == 1:
         return [numbers[0][0] if numbers[0] else 0]
     differ = [place for place in range(len(numbers[0])) if len({found[place] for found in numbers}) > 1]
     return [found[differ[0]] for found in numbers] if len(differ) == 1 else list(range(len(names)))
+
+
+def again(model: nn.Module, sites: Sequence[Site], targets: list[str], layers: int) -> Found:
+    """The layers of a model of no family of NeMo's that are ``sites``.
+
+    Raises:
+        UsageError: it has not all of them.
+    """
+    here = {one.site: one for one in by_kind(_linear(model)).values()}
+    for site in sites:
+        if site not in here:
+            what = f"layer {site.layer} of {site.target} ({site.out_features} x {site.in_features})"
+            raise UsageError("model", type(model).__name__, f"has not {what}, which the adapter is for")
+    return Found(targets, [here[site] for site in sites], layers, None)
+
+
+def _linear(model: nn.Module) -> dict[str, Any]:
+    """All linear layers by name, but those in heads, which are trained whole."""
+    heads = tuple(f"{name}." for name in heads_of(model))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if sizes(module) and _runs(module) and not f"{name}.".startswith(heads)
+    }
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The model's heads for a task, which are new for every task: they are trained whole, and kept with the adapter."""
+    return [name for name, _ in model.named_children() if name in HEADS]

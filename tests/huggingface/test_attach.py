@@ -170,18 +170,25 @@ def encoder(name):
 
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("scheme", ["tied_lora", "vera", "share_lora", "cond_lora", "dyna_lora", "lora_xs"])
-def test_every_method_on_an_encoder(name, scheme):
+def test_every_method_on_an_encoder(name, scheme, tmp_path):
     model, ids = encoder(name), torch.arange(24).view(2, 12) + 3
     adapter = huggingface.attach(model, scheme, ["query", "value"], rank=4)
     optimizer = torch.optim.AdamW(adapter.parameter_groups(0.1))
     adapter.attach_to(optimizer)
-    before = model(ids).logits
+    before, head = model(ids).logits, [parameter.detach().clone() for parameter in model.classifier.parameters()]
     for _ in range(2):
         model(ids, labels=torch.tensor([0, 1])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     after = model(ids).logits
     assert (after - before).abs().max() > 1e-6
+    assert not any(map(torch.equal, head, model.classifier.parameters()))
+    adapter.save(tmp_path / "adapter")
+    other = encoder(name)
+    again = huggingface.load(other, tmp_path / "adapter")
+    torch.testing.assert_close(other(ids).logits, after, rtol=1e-9, atol=1e-9)
+    again.save(tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "adapter")
     place = f"{name}.encoder.layer.attention.self"
     if scheme == "cond_lora":
         assert sum(tensor.numel() for tensor in adapter.named_tensors().values()) == 2 * 4 * (24 + 24)
@@ -350,8 +357,8 @@ def test_a_file_goes_onto_the_model_it_was_trained_on_only(bases, tmp_path):
             huggingface.load(twins.transformers_model(bases(kind)[0]), tmp_path / "adapter")
     with pytest.raises(UsageError, match="attention_qkv.*a word for LlamaForCausalLM"):
         huggingface.load(encoder("bert"), tmp_path / "adapter")
-    with pytest.raises(UsageError, match="BertForSequenceClassification.*save knows the files of Llama"):
-        huggingface.attach(encoder("bert"), "tied_lora", ["query"], rank=2).save(tmp_path / "bert")
+    with pytest.raises(UsageError, match="BertForSequenceClassification.*export_peft knows the files of Llama"):
+        huggingface.attach(encoder("bert"), "tied_lora", ["query"], rank=2).export_peft(tmp_path / "bert")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
