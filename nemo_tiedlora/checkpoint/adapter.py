@@ -12,12 +12,12 @@ from torch import Tensor
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import MOST_LAYERS, MOST_SIZE
 from nemo_tiedlora.model.sizes import sites
-from nemo_tiedlora.model.targets import OPTIONAL_FIELDS, SHAPE_FIELDS, TARGETS, expand
+from nemo_tiedlora.model.targets import KINDS, OPTIONAL_FIELDS, SHAPE_FIELDS, TARGETS, expand
 from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.frozen import check
 
-#: Under this name a base's shape has the linear layers of a model that NeMo does not run; it has fewer kinds than that.
-KINDS, MOST_KINDS = "kinds", 4096
+#: A model that NeMo does not run has no more kinds of linear layers.
+MOST_KINDS = 4096
 #: Packages whose versions a saved adapter records.
 PACKAGES = ("nemo_tiedlora", "torch", "nemo_toolkit", "megatron-core")
 
@@ -63,30 +63,6 @@ class Base:
             kinds.setdefault(site.target, kind)["layers"].append(site.layer)
         return cls({"num_layers": layers, KINDS: kinds}, dict(checksums))
 
-    @property
-    def kinds(self) -> list[Site] | None:
-        """The adapted layers of a model that NeMo does not run; None of one that it does.
-
-        Raises:
-            UsageError: what stands there is no list of layers.
-        """
-        kinds: Any = self.shape.get(KINDS)
-        most: Any = self.shape.get("num_layers")
-        if kinds is None:
-            return None
-        if not _is_size(most, MOST_LAYERS):
-            raise UsageError("base.num_layers", most, "not a size that a model can have")
-        if not isinstance(kinds, dict) or not 1 <= len(kinds) <= MOST_KINDS:
-            raise UsageError(f"base.{KINDS}", "…", "not kinds of linear layers by name")
-        for name, kind in kinds.items():
-            fits = isinstance(kind, dict) and kind.keys() == {"in", "out", "layers"}
-            fits = fits and _is_size(kind["in"], MOST_SIZE) and _is_size(kind["out"], MOST_SIZE)
-            numbers = kind["layers"] if fits else None
-            fits = isinstance(numbers, list) and all(type(n) is int and 0 <= n < most for n in numbers)
-            if not fits or not numbers or len(set(numbers)) < len(numbers):
-                raise UsageError(f"base.{KINDS}.{name}", kind, "not the sizes and the layers of a kind")
-        return [Site(name, layer, kind["in"], kind["out"]) for name, kind in kinds.items() for layer in kind["layers"]]
-
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -125,8 +101,7 @@ class Blueprint:
     @cached_property
     def variant(self) -> Variant:
         """The source of factors, told of all layers."""
-        if self.base.kinds is None:
-            _check_shape(self.base.shape)
+        _check_shape(self.base.shape)
         variant = build(self.config, self.shape.num_layers)
         variant.start(self.sites)
         return variant
@@ -134,8 +109,7 @@ class Blueprint:
     @cached_property
     def sites(self) -> list[Site]:
         """The adapted layers."""
-        if self.base.kinds is not None:
-            return self.base.kinds
+        _check_shape(self.base.shape)
         for layer in self.config.layer_selection or ():
             if not 1 <= layer <= self.shape.num_layers:
                 raise UsageError("layer_selection", layer, f"the base has layers 1 to {self.shape.num_layers}")
@@ -248,6 +222,9 @@ def _is_size(size: object, most: int) -> bool:
 
 
 def _check_shape(shape: dict[str, Any]) -> None:
+    if KINDS in shape:
+        _check_kinds(shape[KINDS], shape.get("num_layers"))
+        return
     for name in SHAPE_FIELDS:
         size = shape.get(name)
         if size is None and name in OPTIONAL_FIELDS:
@@ -256,3 +233,17 @@ def _check_shape(shape: dict[str, Any]) -> None:
             raise UsageError(f"base.{name}", size, "not a size that a model can have")
     if shape["num_attention_heads"] % (shape.get("num_query_groups") or 1):
         raise UsageError("base.num_query_groups", shape["num_query_groups"], "does not divide the attention heads")
+
+
+def _check_kinds(kinds: Any, layers: Any) -> None:
+    if not _is_size(layers, MOST_LAYERS):
+        raise UsageError("base.num_layers", layers, "not a size that a model can have")
+    if not isinstance(kinds, dict) or not 1 <= len(kinds) <= MOST_KINDS:
+        raise UsageError(f"base.{KINDS}", "…", "not kinds of linear layers by name")
+    for name, kind in kinds.items():
+        fits = isinstance(kind, dict) and kind.keys() == {"in", "out", "layers"}
+        numbers = kind["layers"] if fits else None
+        fits = fits and _is_size(kind["in"], MOST_SIZE) and _is_size(kind["out"], MOST_SIZE)
+        fits = fits and isinstance(numbers, list) and all(type(n) is int and 0 <= n < layers for n in numbers)
+        if not fits or not numbers or len(set(numbers)) < len(numbers):
+            raise UsageError(f"base.{KINDS}.{name}", kind, "not the sizes and the layers of a kind")

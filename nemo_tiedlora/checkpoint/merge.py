@@ -12,8 +12,8 @@ from nemo_tiedlora.checkpoint.adapter import Adapter
 from nemo_tiedlora.checkpoint.base import BaseFile, open_base
 from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.model.config import check_shape, plain
-from nemo_tiedlora.model.targets import TARGETS, rows
+from nemo_tiedlora.model.config import check_shape, not_of_nemos, plain
+from nemo_tiedlora.model.targets import KINDS, TARGETS, rows
 from nemo_tiedlora.variants import Factors, FrozenWeight, Site, merged
 
 #: Under this name a merged base's config lists what was merged into it, latest last.
@@ -45,6 +45,8 @@ class Changes:
     """What an adapter does to each weight of its base."""
 
     def __init__(self, adapter: Adapter):
+        if KINDS in adapter.shape:
+            raise not_of_nemos("adapter", adapter.scheme)
         self.adapter = adapter
         self.tensors = {key: tensor.float() for key, tensor in adapter.tensors.items()} | adapter.drawn()
         self.sites: dict[tuple[str, int], list[Site]] = {}

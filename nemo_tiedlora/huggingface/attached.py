@@ -24,6 +24,7 @@ from nemo_tiedlora.huggingface.families import FAMILIES
 from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
 from nemo_tiedlora.huggingface.placing import Found, Known, again, found, heads_of
 from nemo_tiedlora.model.config import check_shape
+from nemo_tiedlora.model.targets import KINDS
 from nemo_tiedlora.variants import VariantConfig, config_for, count
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToT
     """
     loaded = read(path)
     config = loaded.config
-    if loaded.base.kinds is not None:
+    if KINDS in loaded.shape:
         place = again(model, loaded.sites, config.target_modules, loaded.base.shape["num_layers"])
         known = None
     else:

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.archive import Files, opened
-from nemo_tiedlora.model.targets import OPTIONAL_FIELDS, SHAPE_FIELDS, is_gated
+from nemo_tiedlora.model.targets import KINDS, OPTIONAL_FIELDS, SHAPE_FIELDS, is_gated
 
 MODEL_CONFIG = "model_config.yaml"
 #: More than any config has.
@@ -163,8 +163,16 @@ def nemo_config(path: str | Path, field: str) -> DictConfig:
         return read_model_config(archive, whole=True)
 
 
+def not_of_nemos(field: str, path: str | Path) -> UsageError:
+    """What to say of an adapter that is for a model that NeMo does not run."""
+    way_out = "made for a model of another kind than NeMo runs; nemo_tiedlora.huggingface.load puts it onto that model"
+    return UsageError(field, str(path), way_out)
+
+
 def check_shape(saved: DictConfig, base: DictConfig, field: str, path: str | Path) -> None:
     """Raise ``UsageError`` unless an adapter's base had the shape of ``base``."""
+    if KINDS in saved:
+        raise not_of_nemos(field, path)
     there, here = _shape(saved), _shape(base)
     for name, value in there.items():
         if value != here[name]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from nemo_tiedlora.model.targets import check_experts, expand, shape
+from nemo_tiedlora.model.targets import KINDS, check_experts, expand, shape
 from nemo_tiedlora.variants import Site, TiedConfig, Variant, VariantConfig, build, count
 
 BYTES_PER_PARAMETER = 4
@@ -34,11 +34,13 @@ class Sizes:
 
 
 def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
-    """The layers that ``config`` adapts in a model of this NeMo config.
+    """The layers that ``config`` adapts in a model of this NeMo config; or all those that there are by kind.
 
     Raises:
         UsageError: targets that the model does not have.
     """
+    if kinds := model.get(KINDS):
+        return [Site(name, layer, kind["in"], kind["out"]) for name, kind in kinds.items() for layer in kind["layers"]]
     targets, layers = expand(config.target_modules), config.adapted_layers(model.num_layers)
     check_experts(config.target_modules, model)
     return [Site(target, layer, *shape(target, model)) for target in targets for layer in layers]

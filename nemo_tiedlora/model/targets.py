@@ -46,6 +46,10 @@ SHAPE_FIELDS = (
 #: Those of them that may be null.
 OPTIONAL_FIELDS = ("num_query_groups", "kv_channels", "num_moe_experts")
 
+#: Instead of these, the shape of a model that NeMo does not run has its linear layers under this name, by kind: ``in``,
+#: ``out`` and the numbers of the ``layers``.
+KINDS = "kinds"
+
 #: Names for several targets, or another name for one.
 NAMES = {
     "attention": ["attention_qkv", "attention_dense"],
