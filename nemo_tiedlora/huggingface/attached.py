@@ -107,7 +107,7 @@ class AttachedToTransformers(Attached):
         Heads that are trained whole are beside it, in ``heads.safetensors``.
 
         Args:
-            path: a folder.
+            path: a folder; of a model that NeMo runs, also a file that ends in ``.nemo``.
 
         Returns:
             The adapter's SHA-256.
@@ -115,8 +115,9 @@ class AttachedToTransformers(Attached):
         Raises:
             UsageError: see ``adapter``; or the disk is full.
         """
-        if Path(path).suffix:
-            raise UsageError("path", str(path), "must be a folder, of a name without an ending")
+        if Path(path).suffix == ".nemo" and (self.heads or not self.known):
+            way_out = f"name a folder: NeMo does not run a {type(self.model).__name__}"
+            raise UsageError("path", str(path), way_out)
         sha256 = write(self.adapter(), path)
         heads.write(self.model, self.heads, Path(path))
         return sha256
@@ -192,7 +193,8 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToT
         known = place.known
         assert known is not None  # or the words were refused
         check_shape(loaded.shape, OmegaConf.create(Base.of(known.shape).shape), "adapter", path)
-    saved_heads = heads.read(model, Path(path))
+    path = Path(path)
+    saved_heads = heads.read(model, path.parent if path.suffix == ".safetensors" else path)
     if loaded.base.checksums and not force:
         here = HeldBase(model, known).checksums(loaded.paths) if known else checksums_of(place.places)
     else:

@@ -1,7 +1,10 @@
 """Adapters on transformers models: the same files, sizes and outputs as NeMo's; they train, and come off again."""
 
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import random_adapters
@@ -11,9 +14,13 @@ import transformers
 import twins
 from peft import PeftModel
 from torch.func import functional_call
+from typer.testing import CliRunner
 
 from nemo_tiedlora import huggingface
-from nemo_tiedlora.checkpoint import read
+from nemo_tiedlora.checkpoint import Base, read
+from nemo_tiedlora.checkpoint.adapter import Blueprint
+from nemo_tiedlora.checkpoint.merge import Changes
+from nemo_tiedlora.cli import app
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import count
 
@@ -56,6 +63,8 @@ def test_a_file_of_nemos_computes_the_same_here_and_is_written_again_byte_by_byt
         assert torch.equal(model(twins.IDS).logits, plain)
     adapter.save(tmp_path / "here")
     assert contents(tmp_path / "here") == contents(tmp_path / "nemo")
+    adapter.save(tmp_path / "here.nemo")
+    assert read(tmp_path / "here.nemo").settings == made.settings
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count(made.variant, made.sites).trainable
     adapter.export_peft(tmp_path / "peft")
     theirs = PeftModel.from_pretrained(twins.transformers_model(saved), tmp_path / "peft").eval()
@@ -394,3 +403,68 @@ assert not {"nemo", "megatron", "lightning", "pytorch_lightning"} & set(sys.modu
         [sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layers"),
+    [
+        ({"q": {"in": 4, "out": 4, "layers": [0, 0]}}, 2),
+        ({"q": {"in": 4, "out": 4, "layers": [2]}}, 2),
+        ({"q": {"in": 4, "out": 4, "layers": []}}, 2),
+        ({"q": {"in": 4, "out": -4, "layers": [0]}}, 2),
+        ({"q": {"in": 4, "out": 4}}, 2),
+        ({"q": {"in": 4, "out": 10**12, "layers": [0]}}, 2),
+        ({"q": {"in": 4, "out": 4, "layers": [0]}}, 10**9),
+        ({"q": [4, 4, 0]}, 2),
+        ({}, 2),
+        (["q"], 2),
+    ],
+)
+def test_a_file_of_layers_that_cannot_be_is_refused(kinds, layers):
+    with pytest.raises(UsageError, match=r"base\."):
+        Blueprint("tied_lora", {"rank": 2}, Base({"num_layers": layers, "kinds": kinds})).sites  # noqa: B018
+
+
+def test_a_file_of_an_encoder_goes_onto_such_an_encoder_only(tmp_path):
+    adapter = huggingface.attach(encoder("bert"), "tied_lora", ["query"], rank=2)
+    assert "classifier: trained whole, 50 parameters more" in str(adapter)
+    with pytest.raises(UsageError, match="name a folder: NeMo does not run a BertFor"):
+        adapter.save(tmp_path / "adapter.nemo")
+    adapter.save(tmp_path / "adapter")
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "adapter"), "--json"])
+    assert json.loads(shown.stdout)["trainable"] == 2 * 2 * 24 + 3 * (2 + 24)
+    with pytest.raises(UsageError, match="RobertaForSeq.*has not layer 0 of bert.encoder.layer.attention.self.query"):
+        huggingface.load(encoder("roberta"), tmp_path / "adapter")
+    with pytest.raises(UsageError, match="for a model of another kind than NeMo runs"):
+        Changes(read(tmp_path / "adapter"))
+    heads = tmp_path / "adapter" / "heads.safetensors"
+    content = heads.read_bytes()
+    for damaged, message in ((None, "there is no heads.safetensors in it"), (content[:-9], "damaged or cut off")):
+        heads.unlink() if damaged is None else heads.write_bytes(damaged)
+        model = encoder("bert")
+        with pytest.raises(UsageError, match=message):
+            huggingface.load(model, tmp_path / "adapter")
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    heads.write_bytes(content)
+    model = encoder("bert")
+    model.classifier = torch.nn.Linear(24, 3).double()
+    with pytest.raises(UsageError, match=r"classifier.bias in it is .2,.; of a BertForSeq.* it is .3,."):
+        huggingface.load(model, tmp_path / "adapter")
+
+
+def test_the_lines_in_the_docs_run(bases, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    loop, with_trainer = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = twins.transformers_model(bases("llama")[0])
+    scope = {"model": model, "torch": torch, "transformers": transformers, "input_ids": twins.IDS}
+    exec(loop, scope)
+    assert not torch.equal(scope["plain"], model(twins.IDS).logits)
+    assert torch.equal(twins.logits(tmp_path / "merged"), model(twins.IDS).logits)
+    scope["adapter"] = huggingface.attach(model, "dyna_lora", ["q_proj"], rank=2)
+    scope["rows"] = [{"input_ids": row, "labels": row} for row in twins.IDS]
+    scope["args"] = transformers.TrainingArguments(
+        tmp_path / "run", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    exec(with_trainer, scope)
+    assert scope["adapter"].variant.step == 2
