@@ -154,7 +154,7 @@ class Placed(nn.Module):
             return output
         x = args[0] if args else next(iter(kwargs.values()))
         A, B, scale, gain, u = self._shared(number)
-        rows, inside = self.get_buffer(f"rows_{number}"), self.get_buffer(f"inside_{number}")
+        rows, inside = self._index("rows", number), self._index("inside", number)
         if rows is not None:
             B, gain = B[rows], None if gain is None else gain[rows]
         if inside is not None:
@@ -166,8 +166,8 @@ class Placed(nn.Module):
             self._observe(number, output if inside is None else output[..., inside])
         return output
 
-    def get_buffer(self, target: str) -> Tensor | None:  # type: ignore[override]  # some rows are all rows
-        return self._buffers[target]
+    def _index(self, kind: str, number: int) -> Tensor | None:
+        return self._buffers[f"{kind}_{number}"]
 
     def _shared(self, number: int) -> Factors:
         """The factors of this pass, formed once for all spans: a method that watches their gradients sees the sum."""
@@ -191,7 +191,7 @@ class Placed(nn.Module):
         if len(self._outputs) == len(spans):
             joined = output.new_empty(*output.shape[:-1], site.out_features)
             for span, part in self._outputs.items():
-                joined[..., self.get_buffer(f"rows_{span}")] = part
+                joined[..., self._index("rows", span)] = part
             self._outputs.clear()
             self.bank.variant.observe(site, joined)
 

@@ -169,8 +169,8 @@ def attach(
             that has an adapter already. Then the model is as it was.
     """
     config = config_for(scheme, settings)
-    place = found(model, targets, config)
-    return AttachedToTransformers(model, replace(config, target_modules=place.targets), place)
+    where = found(model, targets, config)
+    return AttachedToTransformers(model, replace(config, target_modules=where.targets), where)
 
 
 def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToTransformers:
@@ -186,25 +186,25 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToT
     loaded = read(path)
     config = loaded.config
     if KINDS in loaded.shape:
-        place = again(model, loaded.sites, config.target_modules, loaded.base.shape["num_layers"])
+        where = again(model, loaded.sites, config.target_modules, loaded.base.shape["num_layers"])
         known = None
     else:
-        place = found(model, config.target_modules, config)
-        known = place.known
+        where = found(model, config.target_modules, config)
+        known = where.known
         assert known is not None  # or the words were refused
         check_shape(loaded.shape, OmegaConf.create(Base.of(known.shape).shape), "adapter", path)
     path = Path(path)
     saved_heads = heads.read(model, path.parent if path.suffix == ".safetensors" else path)
     if loaded.base.checksums and not force:
-        here = HeldBase(model, known).checksums(loaded.paths) if known else checksums_of(place.places)
+        here = HeldBase(model, known).checksums(loaded.paths) if known else checksums_of(where.places)
     else:
         here = loaded.base.checksums
     if here != loaded.base.checksums:
-        dtype = str(place.places[0].spans[0].linear.weight.dtype).removeprefix("torch.")
+        dtype = str(where.places[0].spans[0].linear.weight.dtype).removeprefix("torch.")
         way_out = f"its weights, in {dtype} here, are not those that the adapter was trained on; load the model that "
         way_out += "was, in the dtype that it was saved in, or go on all the same with force=True"
         raise UsageError("model", type(model).__name__, way_out)
-    attached = AttachedToTransformers(model, config, place, loaded.tensors.keys())
+    attached = AttachedToTransformers(model, config, where, loaded.tensors.keys())
     with torch.no_grad():
         for key, tensor in attached.named_tensors().items():
             if key in loaded.tensors:

@@ -89,7 +89,7 @@ def found(model: nn.Module, targets: Sequence[str] | str, config: VariantConfig)
     if words:
         kinds = "; ".join(FAMILIES)
         raise UsageError("targets", words[0], f"a word for {kinds}; here, {_names(words[0], linear)}")
-    return _by_name(targets, linear, config)
+    return _by_name(model, targets, linear, config)
 
 
 def _runs(module: Any) -> bool:
@@ -187,10 +187,11 @@ def place(model: nn.Module, site: Site, family: Known) -> Place:
     return Place(site, tuple(spans))
 
 
-def _by_name(targets: Sequence[str], linear: dict[str, Any], config: VariantConfig) -> Found:
+def _by_name(model: nn.Module, targets: Sequence[str], linear: dict[str, Any], config: VariantConfig) -> Found:
     wanted = {name for target in targets for name in matching(target, linear)}
     if ALL in targets:  # heads and poolers are in no layer
         wanted = {name for name in wanted if _numbers(name)} or wanted
+    _check_own(model, wanted, linear)
     everything = by_kind(linear)
     layers = 1 + max(everything[name].site.layer for name in wanted)
     for layer in config.layer_selection or ():
@@ -201,6 +202,19 @@ def _by_name(targets: Sequence[str], linear: dict[str, Any], config: VariantConf
     if not found:
         raise UsageError("layer_selection", config.layer_selection, "none of the targets is in these layers")
     return Found(list(dict.fromkeys(one.site.target for one in found)), found, layers, None)
+
+
+def _check_own(model: nn.Module, wanted: set[str], linear: dict[str, Any]) -> None:
+    """A weight that is an embedding's too cannot be adapted in one place: merging would change the other."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name in sorted(wanted):
+        others = [other for other in names[id(linear[name].weight)] if other != f"{name}.weight"]
+        if others:
+            raise UsageError(
+                "targets", name, f"its weight is also {others[0]}, which merging would change; leave it out"
+            )
 
 
 def by_kind(linear: dict[str, Any]) -> dict[str, Place]:

@@ -37,6 +37,7 @@ CASES = {
     "Uni-LoRA": ("llama", "uni_lora", {"target_modules": ["attention_qkv"], "dimension": 300}),
     "DoRA": ("llama", "tied_lora", {"target_modules": ["all"], "dora": True, "alpha": 7.0}),
     "GPT-2": ("gpt2", "tied_lora", {"target_modules": ["all"], "dora": True}),
+    "DoRA on parts": ("gpt2", "vera", {"target_modules": ["attention_v", "attention_q"], "dora": True}),
     "GPT-2's parts": ("gpt2", "cond_lora", {"target_modules": ["attention_q", "attention_v", "mlp_fc1"],
                                             "deviation": 0.1}),
 }  # fmt: skip
@@ -311,6 +312,31 @@ def test_other_kinds_of_models_take_adapters_of_their_own_layers(make, targets, 
     adapter.detach()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_is_an_embeddings_too_is_refused():
+    model, _ = encoder_decoder()
+    with pytest.raises(UsageError, match="targets='lm_head': its weight is also shared.weight"):
+        huggingface.attach(model, "tied_lora", ["q", "lm_head"], rank=4)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers_give_the_same_gradients(reentrant, bases):
+    gradients = []
+    for recomputed in (False, True):
+        model = twins.transformers_model(bases("llama")[0]).train()
+        adapter = huggingface.attach(model, "cond_lora", ["attention_qkv"], rank=4, alpha=6.0)
+        adapter.attach_to(torch.optim.SGD(adapter.parameter_groups(1.0)))
+        with torch.no_grad():
+            adapter.named_tensors()["attention_qkv.theta_B"].fill_(0.01)
+        if recomputed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(twins.IDS, labels=twins.IDS, use_cache=False).loss.backward()
+        gradients.append({key: tensor.grad for key, tensor in adapter.named_tensors().items()})
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient)
 
 
 def test_layers_of_other_shapes_share_nothing():
