@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -19,7 +19,7 @@ from nemo_tiedlora.checkpoint.plain_lora import PlainLora
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.files import new_folder
 from nemo_tiedlora.huggingface import heads, peft_lora
-from nemo_tiedlora.huggingface.export import Dtype
+from nemo_tiedlora.huggingface.export import DTYPES
 from nemo_tiedlora.huggingface.families import FAMILIES
 from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
 from nemo_tiedlora.huggingface.placing import Found, Known, again, found, heads_of
@@ -122,11 +122,12 @@ class AttachedToTransformers(Attached):
         heads.write(self.model, self.heads, Path(path))
         return sha256
 
-    def export_peft(self, folder: str | Path, dtype: Dtype = "float32", base_name: str | None = None) -> dict[str, Any]:
+    def export_peft(self, folder: str | Path, dtype: str = "float32", base_name: str | None = None) -> dict[str, Any]:
         """Write the adapter as plain LoRA of Hugging Face PEFT, which computes the same.
 
         Args:
-            folder: new or empty. base_name: what PEFT is told of the model's name.
+            folder: new or empty. dtype: of the tensors, one of ``DTYPES``.
+            base_name: what PEFT is told of the model's name.
 
         Returns:
             The numbers of parameters and of modules, and the rank.
@@ -135,7 +136,7 @@ class AttachedToTransformers(Attached):
             UsageError: a model of another family than ``FAMILIES``; see ``adapter``; values too large for the dtype; or
                 there is something in the folder.
         """
-        check_choice("dtype", dtype, get_args(Dtype))
+        check_choice("dtype", dtype, DTYPES)
         known = self._family("export_peft")
         lora = PlainLora(self.adapter(), HeldBase(self.model, known))
         with new_folder(Path(folder), "folder") as unfinished:
