@@ -12,7 +12,16 @@ from nemo_tiedlora.attach.contract import Contract, error_without, parameter_gro
 from nemo_tiedlora.attach.placed import Place, Placed, Span, sizes
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.variants import Bank, Site, Variant, VariantConfig, build, config_for
+from nemo_tiedlora.variants.base import Alone
 from nemo_tiedlora.variants.config import check_list
+
+
+class DataParallel(Alone):
+    """All processes hold the whole model, and each sees other samples."""
+
+    def across(self, scores: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(scores)
+        return scores
 
 
 class Attached:
@@ -90,7 +99,7 @@ class Attached:
         return parameter_groups(self.bank, lr=lr)
 
     def attach_to(self, optimizer: Optimizer) -> Contract:
-        """Make every step of ``optimizer`` the method's.
+        """Make every step of ``optimizer`` the method's; where torch.distributed runs, on all of its processes at once.
 
         Args:
             optimizer: over ``parameter_groups(lr)``, which may be among others.
@@ -104,7 +113,8 @@ class Attached:
         """
         if self._contract and self._contract.in_force:
             raise UsageError("optimizer", type(optimizer).__name__, "attached to one already; detach() that first")
-        self._contract = Contract(optimizer, self.bank)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._contract = Contract(optimizer, self.bank, ranks=DataParallel() if several else None)
         return self._contract
 
     @contextmanager
