@@ -431,7 +431,7 @@ def test_the_method_of_the_documentation_works_everywhere(finetuning):
 
         def reference(x):
             for number, layer in enumerate(model.layers):
-                base, R = layer["qkv"].base, named[f"qkv.{number}.R"]
+                base, R = layer["qkv"], named[f"qkv.{number}.R"]
                 h = x @ named["qkv.A"].T @ R.T @ named["qkv.B"].T
                 x = torch.tanh((x @ base.weight.T + base.bias + 1.5 * h)[..., :6])
             return x
