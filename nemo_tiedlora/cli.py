@@ -289,7 +289,7 @@ def merge(
     """Write an adapter into its base: an ordinary .nemo that needs no adapter, and no more memory than one weight."""
     from nemo_tiedlora.checkpoint import merge as merging
     from nemo_tiedlora.checkpoint import read
-    from nemo_tiedlora.files import check_output
+    from nemo_tiedlora.files import check_not_among, check_output
     from nemo_tiedlora.huggingface.bases import find
     from nemo_tiedlora.model.config import check_shape
     from nemo_tiedlora.platform.threads import wait_passively
@@ -297,7 +297,7 @@ def merge(
     wait_passively()
     if out.suffix != ".nemo":
         raise UsageError("out", str(out), "must end in .nemo")
-    _check_new(out, adapter, base)
+    check_not_among(out, base, adapter)
     check_output(out.parent, "out")
     found = find(base)
     check_shape(read(adapter).shape, found.config, "adapter", adapter)  # before the base is taken over
@@ -357,7 +357,6 @@ def export(
     from nemo_tiedlora.platform.threads import wait_passively
 
     wait_passively()
-    _check_new(out, adapter, base)
     show(export(adapter, base, form, out, dtype, base_name, force), as_json)
 
 
@@ -426,11 +425,6 @@ def table(as_json: AsJson = False) -> None:
         print(json.dumps([cell._asdict() for cell in paper_table.cells()], indent=2))
     else:
         print(paper_table.markdown(), end="")
-
-
-def _check_new(out: Path, adapter: Path, base: str) -> None:
-    if out.resolve() in (Path(base).resolve(), adapter.resolve()):
-        raise UsageError("out", str(out), "would replace what it is made from; give it another name")
 
 
 def _settings(given: list[str]) -> dict:

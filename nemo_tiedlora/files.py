@@ -140,3 +140,9 @@ def check_output(folder: Path, field: str) -> None:
         raise UsageError(
             field, str(folder), f"no disk space: {free / 2**20:.0f} MiB free, {MINIMUM_FREE_BYTES / 2**20:.0f} needed"
         )
+
+
+def check_not_among(out: Path, *sources: str | Path) -> None:
+    """Raise ``UsageError`` if ``out`` would replace something that it is made from."""
+    if out.resolve() in [Path(source).resolve() for source in sources]:
+        raise UsageError("out", str(out), "would replace what it is made from; give it another name")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_tiedlora.errors import UsageError, check_choice
-from nemo_tiedlora.files import check_output, new_folder
+from nemo_tiedlora.files import check_not_among, check_output, new_folder
 
 FORMATS = ("peft-lora", "peft-vera", "nemo-lora", "gguf-lora")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,8 +39,7 @@ def export(
     check_choice("dtype", dtype, DTYPES)
     if form in ENDINGS and out.suffix != ENDINGS[form]:
         raise UsageError("out", str(out), f"must end in {ENDINGS[form]} for {form}")
-    if out.resolve() in (Path(base).resolve(), adapter.resolve()):
-        raise UsageError("out", str(out), "would replace what it is made from; give it another name")
+    check_not_among(out, base, adapter)
     check_output(out.parent, "out")
     import torch
 

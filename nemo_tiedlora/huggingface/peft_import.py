@@ -57,8 +57,10 @@ def import_peft(folder: Path, base: str | Path, out: Path) -> dict[str, Any]:
     """
     from nemo_tiedlora.checkpoint import write
     from nemo_tiedlora.checkpoint.base import open_base
+    from nemo_tiedlora.files import check_not_among
     from nemo_tiedlora.huggingface.bases import find
 
+    check_not_among(out, base, folder)
     found, config = find(base), _config(folder)
     with open_base(found.file()) as source:
         made = _Import(folder, config, source).adapter()

@@ -130,6 +130,14 @@ def test_damaged_and_missing_files_are_named(trained, tmp_path):
         import_peft(tmp_path, base, tmp_path / "adapter")
 
 
+def test_the_adapter_that_is_read_is_not_replaced(trained):
+    _, folder, base = trained("some layers")
+    before = [path.read_bytes() for path in sorted(folder.iterdir())]
+    with pytest.raises(UsageError, match="would replace what it is made from"):
+        import_peft(folder, base, folder)
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == before
+
+
 def test_vera_that_would_be_drawn_again_is_refused(trained, tmp_path):
     _, folder, base = trained("VeRA")
     changed(folder, None, lambda found: found.pop("base_model.vera_A"))
