@@ -32,7 +32,12 @@ class Generator:
             temperature: 0 is greedy; else the softmax temperature to sample with.
             top_p: sample from the smallest set of tokens that has this probability.
             batch_size: prompts per forward pass; greedy text does not depend on it.
+
+        Raises:
+            UsageError: a prompt longer than the context of a base with learned positions, before anything is generated.
+                One that leaves room for fewer than ``tokens`` gets as many as fit.
         """
+        self._check_room(prompts)
         length = {"max_length": tokens, "min_length": 0}
         sampling = {
             "use_greedy": temperature == 0,
@@ -55,6 +60,15 @@ class Generator:
                 if tokenizer.eos_id in new:
                     new = new[: new.index(tokenizer.eos_id)]
                 yield tokenizer.ids_to_text(new)
+
+    def _check_room(self, prompts: Sequence[str]) -> None:
+        context = self.model.cfg.encoder_seq_length
+        learned = self.model.cfg.get("position_embedding_type", "learned_absolute") == "learned_absolute"
+        for prompt in prompts if learned else ():
+            length = len(self.model.tokenizer.text_to_ids(prompt))
+            if length > context:
+                begin = prompt if len(prompt) <= 40 else f"{prompt[:40]}…"
+                raise UsageError("prompt", begin, f"has {length} tokens, and the base's context {context}; shorten it")
 
 
 @contextmanager

@@ -68,3 +68,8 @@ def test_an_adapter_of_another_base_from_training_to_text(tmp_path, base):
     plain, adapted = done(*generate, file), done(*generate, file, "--adapter", adapter)
     assert len(adapted.splitlines()) == len(PROMPTS) and adapted != plain
     assert done(*generate, merged) == adapted
+
+    if base == "gpt2":  # which has learned positions, and so an end
+        code, out, err = forked.script(*command, "generate", "hi", "what is 1 plus 2? " * 50, "--base", file)
+        assert code == 2 and not out
+        assert "prompt='what is 1 plus 2? what is 1 plus 2? what…': has " in err and err.count("\n") == 1
