@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import MOST_LAYERS, MOST_SIZE
 from nemo_tiedlora.model.sizes import sites
-from nemo_tiedlora.model.targets import KINDS, OPTIONAL_FIELDS, SHAPE_FIELDS, TARGETS, expand
+from nemo_tiedlora.model.targets import KINDS, OPTIONAL_FIELDS, SHAPE_FIELDS, where
 from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.frozen import check
 
@@ -123,7 +123,7 @@ class Blueprint:
     @cached_property
     def paths(self) -> list[str]:
         """The adapted kinds of linear layer, by path below a transformer layer, sorted."""
-        return paths_of(self.config)
+        return paths_of(self.config, self.shape)
 
     def put_into(self, model: DictConfig) -> DictConfig:
         """Its settings in a copy of a model's config, under ``peft``, where NeMo looks for them."""
@@ -201,9 +201,9 @@ def specs_of(variant: Variant, adapted: list[Site]) -> dict[str, tuple[TensorSpe
     return found
 
 
-def paths_of(config: VariantConfig) -> list[str]:
-    """The kinds of linear layer that a config adapts, by path below a transformer layer, sorted."""
-    return sorted({TARGETS[target].path for target in expand(config.target_modules)})
+def paths_of(config: VariantConfig, model: DictConfig) -> list[str]:
+    """The kinds of linear layer that a config adapts in a model, by path below a transformer layer, sorted."""
+    return sorted({where(site.target).path for site in sites(config, model)})
 
 
 def settings_of(config: VariantConfig, variant: Variant, checksums: dict[str, str]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
 from nemo_tiedlora.model.archive import Appended, Archive, entry, growing, opened
 from nemo_tiedlora.model.config import MODEL_CONFIG, config_as_it_is, read_model_config
-from nemo_tiedlora.model.targets import TARGETS, shape
+from nemo_tiedlora.model.targets import EXPERT, TARGETS, shape, whole
 
 FOLDER = "model_weights/"
 METADATA = f"{FOLDER}.metadata"
@@ -42,7 +42,10 @@ MODEL = re.compile(r"(?:model\.)?(?:module\.)?(?=(?:decoder|embedding|output_lay
 #: Tensors of layers, which may be named without their number: then they are stacked.
 LAYERS = "decoder.layers."
 NUMBERED = re.compile(rf"{re.escape(LAYERS)}(\d+)\.")
-WEIGHT = re.compile(rf"{re.escape(LAYERS)}(\w+\.linear_\w+)\.weight")
+WEIGHT = re.compile(rf"{re.escape(LAYERS)}((?:\w+\.|{EXPERT.pattern})linear_\w+)\.weight")
+#: Tensors of a layer's experts, stacked too, and the same of each expert.
+EXPERTS = f"{LAYERS}mlp.experts.experts."
+EXPERT_NUMBERED = f"{LAYERS}mlp.experts.local_experts.{{}}."
 #: What megatron-core's own layers call their norms, and under which names a distributed checkpoint has them.
 NORMS = {
     f"{LAYERS}input_layernorm.": f"{LAYERS}self_attention.linear_qkv.layer_norm_",
@@ -109,8 +112,9 @@ class BaseFile(ABC):
             weight = WEIGHT.fullmatch(name)
             if weight and number is not None:
                 shapes[weight[1], number] = saved.shape
-        known = {where.path: target for target, where in TARGETS.items() if where.part is None}
-        paths = {path for path, _ in shapes if path in known}
+        outside = {target.path for target in TARGETS.values()}
+        known = {path: whole(path) for path, _ in shapes if path in outside or EXPERT.match(path)}
+        paths = set(known)
         if not paths:
             raise self.archive.error("there are no weights of a transformer's layers in it")
         for path, layer in shapes:
@@ -188,11 +192,14 @@ def checksums(layers: Mapping[str, Iterable[int]], weight: Callable[[str, int], 
 
 
 class _Piece(NamedTuple):
-    """Where a part of a tensor is stored: in a tensor of these sizes, whose planes may be of several layers."""
+    """Where a part of a tensor is stored: in a tensor of these sizes, whose first dimensions may be layers and experts.
+
+    ``plane`` is the tensor's place in those.
+    """
 
     index: Any
     sizes: tuple[int, ...]
-    plane: int | None
+    plane: tuple[int, ...]
     part: tuple[slice, ...]
 
 
@@ -227,20 +234,37 @@ class _Distributed(BaseFile):
             return
         chunk = next(chunk for chunk in saved.chunks if chunk.offsets == index.offset)
         part = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        shape = tuple(saved.size)
-        numbers: Iterable[int | None] = [place.layer]
-        stacked = place.name.startswith(LAYERS) and place.layer is None
-        if stacked:
-            numbers, part, shape = range(part[0].start, part[0].stop), part[1:], shape[1:]
-        for plane, number in enumerate(numbers):
-            if number is not None and number >= self.config.num_layers:
-                raise self.archive.error(f"{index.fqn} is of layer {number}; there are {self.config.num_layers}")
-            whole = Place(place.name, number)
-            self.saved[whole] = Saved(shape, saved.properties.dtype)
-            piece = _Piece(index, tuple(chunk.sizes), plane if stacked else None, part)
-            self.pieces.setdefault(whole, []).append(piece)
-            if weight and number is not None:
-                self.weights_in.setdefault(index, []).append((weight[1], number, piece))
+        layers = self.config.num_layers
+        planes: dict[tuple[int, ...], Place] = {(): place}
+        stacked = 0
+        if place.name.startswith(LAYERS) and place.layer is None:
+            numbers = self._numbers(index.fqn, part[stacked], "layer", layers)
+            planes = {(plane,): Place(place.name, number) for plane, number in enumerate(numbers)}
+            stacked += 1
+        elif place.layer is not None and place.layer >= layers:
+            raise self.archive.error(f"{index.fqn} is of layer {place.layer}; there are {layers}")
+        if place.name.startswith(EXPERTS):
+            numbers = self._numbers(index.fqn, part[stacked], "expert", self.config.get("num_moe_experts") or 0)
+            below = place.name.removeprefix(EXPERTS)
+            planes = {
+                (*plane, within): Place(EXPERT_NUMBERED.format(number) + below, layer)
+                for plane, (_, layer) in planes.items()
+                for within, number in enumerate(numbers)
+            }
+            stacked += 1
+        for plane, found in planes.items():
+            self.saved[found] = Saved(tuple(saved.size)[stacked:], saved.properties.dtype)
+            piece = _Piece(index, tuple(chunk.sizes), plane, part[stacked:])
+            self.pieces.setdefault(found, []).append(piece)
+            weight = WEIGHT.fullmatch(found.name)
+            if weight and found.layer is not None:
+                self.weights_in.setdefault(index, []).append((weight[1], found.layer, piece))
+
+    def _numbers(self, name: str, part: slice, what: str, most: int) -> range:
+        """Of which layers or experts a part of a stacked tensor is."""
+        if part.stop > most:
+            raise self.archive.error(f"{name} is of {what} {part.stop - 1}; there are {most}")
+        return range(part.start, part.stop)
 
     def tensor(self, place: Place) -> Tensor:
         if place not in self.pieces:
@@ -250,8 +274,7 @@ class _Distributed(BaseFile):
             stored = self._load(piece.index)
             if not isinstance(stored, Tensor) or (tuple(stored.shape), stored.dtype) != (piece.sizes, dtype):
                 raise self.archive.error(f"{piece.index.fqn} in it is not of the shape and type that it is listed with")
-            if piece.plane is not None:
-                stored = stored[piece.plane]
+            stored = stored[piece.plane]
             if tuple(stored.shape) == shape:
                 return stored
             if tensor is None:
@@ -293,8 +316,7 @@ class _Distributed(BaseFile):
                     else:
                         tensor = self._load(index)
                         for path, layer, piece in weights:
-                            place = tensor if piece.plane is None else tensor[piece.plane]
-                            place.copy_(changed(path, layer)[piece.part])
+                            tensor[piece.plane].copy_(changed(path, layer)[piece.part])
                         buffer = io.BytesIO()
                         torch.save(tensor, buffer)
                         content = buffer.getvalue()

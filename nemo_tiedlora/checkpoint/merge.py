@@ -13,7 +13,7 @@ from nemo_tiedlora.checkpoint.base import BaseFile, open_base
 from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import check_shape, not_of_nemos, plain
-from nemo_tiedlora.model.targets import KINDS, TARGETS, rows
+from nemo_tiedlora.model.targets import KINDS, rows, where
 from nemo_tiedlora.variants import Factors, FrozenWeight, Site, merged
 
 #: Under this name a merged base's config lists what was merged into it, latest last.
@@ -51,7 +51,7 @@ class Changes:
         self.tensors = {key: tensor.float() for key, tensor in adapter.tensors.items()} | adapter.drawn()
         self.sites: dict[tuple[str, int], list[Site]] = {}
         for site in adapter.sites:
-            self.sites.setdefault((TARGETS[site.target].path, site.layer), []).append(site)
+            self.sites.setdefault((where(site.target).path, site.layer), []).append(site)
 
     def factors(self, site: Site, weight: FrozenWeight) -> Factors:
         """One layer's factors for its frozen weight, in float32."""

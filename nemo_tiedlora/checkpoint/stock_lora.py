@@ -30,8 +30,11 @@ def write(lora: PlainLora, base: BaseFile, out: Path, dtype: torch.dtype) -> dic
         The numbers of parameters and of modules, and the rank.
 
     Raises:
-        UsageError: the adapter stretches rows (DoRA), which NeMo's LoRA cannot.
+        UsageError: the adapter stretches rows (DoRA), which NeMo's LoRA cannot; or it is inside experts, where that has
+            no layers.
     """
+    if any(site.routed for site in lora.adapter.sites):
+        raise UsageError("format", "nemo-lora", "NeMo's LoRA has no layers inside experts; merge the adapter")
     found = []
     for layer in progress(lora.layers(), "exporting", len(lora.layers())):
         for name, target in ADAPTERS.items():

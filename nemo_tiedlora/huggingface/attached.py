@@ -95,7 +95,7 @@ class AttachedToTransformers(Attached):
             raise UsageError("adapter", self.variant.config.scheme, "is merged; save it before, or unmerge() first")
         config, known, places = self.variant.config, self.known, [placed.place for placed in self.placed]
         if known:
-            base = Base.of(known.shape, HeldBase(self.model, known).checksums(paths_of(config)))
+            base = Base.of(known.shape, HeldBase(self.model, known).checksums(paths_of(config, known.shape)))
         else:
             base = Base.of_sites([place.site for place in places], self.layers, checksums_of(places))
         tensors = {key: tensor.detach().cpu() for key, tensor in self.bank.kept(config.store_frozen).items()}

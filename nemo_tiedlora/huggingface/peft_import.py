@@ -179,7 +179,7 @@ class _Import:
         some = [layer + 1 for layer in self.layers] if len(self.layers) < model.num_layers else None
         settings = self._settings() | {"target_modules": list(dict.fromkeys(key.split(".")[0] for key in tensors))}
         config = config_for(scheme, settings | {"layer_selection": some})
-        base = Base.of(model, self.base.checksums(paths_of(config)))
+        base = Base.of(model, self.base.checksums(paths_of(config, model)))
         return Adapter(scheme, settings_of(config, build(config, model.num_layers), {}), base, tensors)
 
     def _settings(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.job.calibrate import Calibration, read_texts
 from nemo_tiedlora.model.sizes import check_fit
-from nemo_tiedlora.model.targets import check_experts
+from nemo_tiedlora.model.targets import check_outside_experts
 from nemo_tiedlora.nemo.rows import check_data
 from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, VariantConfig
 
@@ -65,7 +65,8 @@ def _check_stock_on_experts(scheme: str, peft: DictConfig, base: DictConfig) -> 
         way_out = f"the base has {base.num_moe_experts} experts (num_moe_experts) instead of the MLP it changes"
         raise UsageError("model.peft.peft_scheme", scheme, f"{way_out}; use lora, adapter or a scheme of ours")
     with under("lora"):  # the other schemes' sizes are compared with it
-        check_experts(list((peft.get("lora_tuning") or {}).get("target_modules") or []), base)
+        targets = list((peft.get("lora_tuning") or {}).get("target_modules") or [])
+        check_outside_experts(targets, f"NeMo's lora does not go into the base's {base.num_moe_experts} experts")
 
 
 def check_layout(model: DictConfig, base: DictConfig) -> None:
@@ -79,7 +80,7 @@ def check_layout(model: DictConfig, base: DictConfig) -> None:
         way_out = "needs the attention of Transformer Engine, which is not installed; set it to 1"
         raise UsageError("model.context_parallel_size", context, way_out)
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "moe_ffn_hidden_size"):
         if base.get(name) and base[name] % tensor:
             way_out = f"does not divide the base's {name}, {base[name]}"
             raise UsageError("model.tensor_model_parallel_size", tensor, way_out)

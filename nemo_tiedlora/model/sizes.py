@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from nemo_tiedlora.model.targets import KINDS, check_experts, expand, shape
+from nemo_tiedlora.model.targets import KINDS, kinds, shape, where
 from nemo_tiedlora.variants import Site, TiedConfig, Variant, VariantConfig, build, count
 
 BYTES_PER_PARAMETER = 4
@@ -39,11 +39,14 @@ def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
     Raises:
         UsageError: targets that the model does not have.
     """
-    if kinds := model.get(KINDS):
-        return [Site(name, layer, kind["in"], kind["out"]) for name, kind in kinds.items() for layer in kind["layers"]]
-    targets, layers = expand(config.target_modules), config.adapted_layers(model.num_layers)
-    check_experts(config.target_modules, model)
-    return [Site(target, layer, *shape(target, model)) for target in targets for layer in layers]
+    if own := model.get(KINDS):
+        return [Site(name, layer, kind["in"], kind["out"]) for name, kind in own.items() for layer in kind["layers"]]
+    layers = config.adapted_layers(model.num_layers)
+    return [
+        Site(kind, layer, *shape(kind, model), routed=where(kind).expert is not None)
+        for kind in kinds(config.target_modules, model)
+        for layer in layers
+    ]
 
 
 def check_fit(config: VariantConfig, model: DictConfig) -> Variant:

@@ -1,6 +1,7 @@
 """The linear layers an adapter can sit on, by the names NeMo's configs use."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig
 
@@ -15,11 +16,13 @@ class Target:
         path: its path below a Megatron-core ``TransformerLayer``.
         parallel: ``column`` (rows of W, so ``out``, are sharded) or ``row`` (``in`` is).
         part: the matrix inside a fused projection that it addresses; None is the whole.
+        expert: number of the expert that it is inside of; None where there are none.
     """
 
     path: str
     parallel: str
     part: str | None = None
+    expert: int | None = None
 
 
 TARGETS = {
@@ -42,9 +45,10 @@ SHAPE_FIELDS = (
     "num_query_groups",
     "kv_channels",
     "num_moe_experts",
+    "moe_ffn_hidden_size",
 )
 #: Those of them that may be null.
-OPTIONAL_FIELDS = ("num_query_groups", "kv_channels", "num_moe_experts")
+OPTIONAL_FIELDS = ("num_query_groups", "kv_channels", "num_moe_experts", "moe_ffn_hidden_size")
 
 #: Instead of these, the shape of a model that NeMo does not run has its linear layers under this name, by kind: ``in``,
 #: ``out`` and the numbers of the ``layers``.
@@ -57,6 +61,13 @@ NAMES = {
     "all": ["attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"],
     "mlp_down": ["mlp_fc2"],
 }
+
+#: A target inside one expert, as a kind of linear layer of its own: ``mlp_fc1_expert_2``.
+IN_EXPERT = re.compile(r"(mlp_\w+)_expert_(\d+)", re.ASCII)
+#: Where an expert is, below a transformer layer.
+EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.", re.ASCII)
+#: More experts than all layers of any model have together.
+MOST_EXPERTS = 2**17
 
 
 def expand(names: list[str]) -> list[str]:
@@ -79,20 +90,53 @@ def expand(names: list[str]) -> list[str]:
     return targets
 
 
-def check_experts(names: list[str], model: DictConfig) -> None:
-    """Raise ``UsageError`` for a name that stands for an MLP, of a model that has experts instead.
+def kinds(names: list[str], model: DictConfig) -> list[str]:
+    """The kinds of linear layer that ``names`` stand for in a model, each once, in the order given.
 
-    Experts' layers see other tokens in every step, and are sharded and stored in other ways than all others: no method
-    here works inside them.
+    They are ``expand``'s targets, but in a model of experts one in the MLP is as many kinds as there are experts, so
+    that layers share what a method ties with the same expert of other layers only. Shared experts have none.
+
+    Raises:
+        UsageError: as ``expand``; or experts without linear layers of their own.
     """
-    experts = model.get("num_moe_experts")
-    for name in names if experts else ():
-        if any(TARGETS[target].path.startswith("mlp.") for target in expand([name])):
-            way_out = (
-                f"the base has {experts} experts (num_moe_experts) instead of an MLP, and adapters go on its attention "
-                "only: attention, attention_qkv, attention_q, attention_k, attention_v, attention_dense"
-            )
-            raise UsageError("target_modules", name, way_out)
+    targets, experts = expand(names), model.get("num_moe_experts")
+    if not experts:
+        return targets
+    if model.get("moe_grouped_gemm"):
+        check_outside_experts(names, "the base's experts have no linear layers of their own (moe_grouped_gemm)")
+    if experts * model.num_layers > MOST_EXPERTS:
+        raise UsageError("num_moe_experts", experts, f"in {model.num_layers} layers, more than any model has")
+    inside = [[f"{target}_expert_{number}" for number in range(experts)] for target in targets]
+    return [
+        kind for target, own in zip(targets, inside, strict=True) for kind in (own if is_in_mlp(target) else [target])
+    ]
+
+
+def where(kind: str) -> Target:
+    """Where a kind of linear layer is and how Megatron shards it."""
+    inside = IN_EXPERT.fullmatch(kind)
+    if not inside:
+        return TARGETS[kind]
+    target = TARGETS[inside[1]]
+    path = target.path.replace("mlp.", f"mlp.experts.local_experts.{inside[2]}.")
+    return replace(target, path=path, expert=int(inside[2]))
+
+
+def is_in_mlp(target: str) -> bool:
+    """Whether it is inside every expert of a model of experts."""
+    return TARGETS[target].path.startswith("mlp.")
+
+
+def check_outside_experts(names: list[str], why: str) -> None:
+    """Raise ``UsageError`` for a name that stands for an MLP.
+
+    Args:
+        why: nothing can be put on one.
+    """
+    for name in names:
+        if any(map(is_in_mlp, expand([name]))):
+            attention = [target for target in (*NAMES, *TARGETS) if target.startswith("attention")]
+            raise UsageError("target_modules", name, f"{why}; use {', '.join(attention)}")
 
 
 def is_gated(model: DictConfig) -> bool:
@@ -100,18 +144,29 @@ def is_gated(model: DictConfig) -> bool:
     return str(model.get("activation", "gelu")).endswith("glu")
 
 
-def blocks(target: str, model: DictConfig) -> int:
-    """How many matrices of equal size Megatron stacks in a target's W and shards one by one."""
-    return 2 if target == "mlp_fc1" and is_gated(model) else 1
+def blocks(kind: str, model: DictConfig) -> int:
+    """How many matrices of equal size Megatron stacks in a kind's W and shards one by one."""
+    return 2 if _target(kind) == "mlp_fc1" and is_gated(model) else 1
 
 
-def shape(target: str, model: DictConfig) -> tuple[int, int]:
-    """Whole (in_features, out_features) of a target, from a NeMo GPT's model config.
+def _target(kind: str) -> str:
+    inside = IN_EXPERT.fullmatch(kind)
+    return inside[1] if inside else kind
+
+
+def _ffn(kind: str, model: DictConfig) -> int:
+    """The width inside the MLP or the expert that a kind is in."""
+    return (model.get("moe_ffn_hidden_size") if IN_EXPERT.fullmatch(kind) else None) or model.ffn_hidden_size
+
+
+def shape(kind: str, model: DictConfig) -> tuple[int, int]:
+    """Whole (in_features, out_features) of a kind, from a NeMo GPT's model config.
 
     Raises:
         UsageError: the gate or up projection of a model that has none.
     """
-    hidden, ffn, heads = model.hidden_size, model.ffn_hidden_size, model.num_attention_heads
+    hidden, ffn, heads = model.hidden_size, _ffn(kind, model), model.num_attention_heads
+    target = _target(kind)
     head_dim = model.get("kv_channels") or hidden // heads
     groups = model.get("num_query_groups") or heads
     if TARGETS[target].part in ("gate", "up") and not is_gated(model):
@@ -129,18 +184,18 @@ def shape(target: str, model: DictConfig) -> tuple[int, int]:
     }[target]
 
 
-def rows(target: str, model: DictConfig, ranks: int = 1):
-    """Which rows of the fused projection's local W a target addresses, as indices (out,); None means all.
+def rows(kind: str, model: DictConfig, ranks: int = 1):
+    """Which rows of the fused projection's local W a kind addresses, as indices (out,); None means all.
 
     Megatron stores QKV by query group: the group's queries, then its key, then its value; and gate before up.
     """
     import torch
 
-    part = TARGETS[target].part
+    part = where(kind).part
     if part is None:
         return None
     if part in ("gate", "up"):
-        half = model.ffn_hidden_size // ranks
+        half = _ffn(kind, model) // ranks
         return torch.arange(half) + (half if part == "up" else 0)
     heads = model.num_attention_heads
     head_dim = model.get("kv_channels") or model.hidden_size // heads
@@ -164,5 +219,8 @@ def order(wanted: tuple[str, ...], given: tuple[str, ...], model: DictConfig):
 
 
 def whole(path: str) -> str:
-    """The target that is all of the linear layer at a path below a transformer layer."""
-    return next(target for target, where in TARGETS.items() if where.path == path and where.part is None)
+    """The kind that is all of the linear layer at a path below a transformer layer."""
+    inside = EXPERT.match(path)
+    outside = f"mlp.{path[inside.end() :]}" if inside else path
+    target = next(name for name, target in TARGETS.items() if target.path == outside and target.part is None)
+    return f"{target}_expert_{inside[1]}" if inside else target

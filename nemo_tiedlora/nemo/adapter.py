@@ -32,7 +32,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
     It owns the tensors that no earlier layer owns; the bank it is bound to knows where the others live.
 
     Args:
-        target: kind of target module.
+        target: kind of linear layer.
         parallel: ``column`` or ``row``, as the layer is.
         dropout: on the adapter's input.
         settings: the scheme's settings, for the record that NeMo keeps of every adapter.
@@ -69,8 +69,14 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
     def frozen(self) -> FrozenWeight:
         """This rank's part of the layer's frozen weight."""
         if self.sharded:
-            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.sequence_parallel, self.blocks)
+            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.has_parts, self.blocks)
         return FrozenWeight(self._linear.weight, self._rows)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether this rank has parts of gradients throughout: those of its tokens; or, inside an expert, of its part
+        of the layer, where Megatron makes neither the output nor the input's gradient whole before all experts did."""
+        return self.sequence_parallel or (self.sharded and self.site.routed)
 
     def share_gradients_of(self, partials: Collection[str]) -> None:
         """Of a tensor whose gradients are summed over the tensor ranks, a part that is whole on each counts once."""
@@ -78,7 +84,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
             self._shared = [
                 name
                 for name, spec in self._bank.variant.tensors(self.site).items()
-                if spec.key in partials and not partial(spec, self.parallel, self.sequence_parallel)
+                if spec.key in partials and not partial(spec, self.parallel, self.has_parts)
             ]
 
     def factors(self) -> Factors:
@@ -91,6 +97,8 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
     def forward(self, output: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``output`` (seq, batch, out) of the frozen layer for ``x`` (seq, batch, in), with the factors applied.
 
+        Inside an expert both are (tokens, …), which may be none.
+
         Args:
             bias: what the frozen layer has added to ``output`` beside its product with ``x``: (out,).
         """
@@ -99,7 +107,8 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
             out = self._linear.weight.shape[0]
             B = B.new_zeros(out, B.shape[1]).index_copy(0, self._rows, B)
             gain = None if gain is None else gain.new_ones(out).index_copy(0, self._rows, gain)
-        exchange = EXCHANGES[self.parallel, self.sequence_parallel] if self.sharded else None
+        alone = not self.sharded or self.site.routed
+        exchange = None if alone else EXCHANGES[self.parallel, self.sequence_parallel]
         output = apply(output, self._dropped(x), A, B, scale, gain, u, bias, exchange)
         if self.training and self._bank.variant.observes:
             seen = output if self._rows is None else output[..., self._rows]
@@ -109,7 +118,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.dropout and self.training):
             return x
-        if self.sharded and (self.parallel == "row" or self.sequence_parallel):
+        if self.sharded and (self.parallel == "row" or (self.sequence_parallel and not self.site.routed)):
             with get_cuda_rng_tracker().fork():  # every rank has values of its own, and needs a mask of its own
                 return F.dropout(x, self.dropout)
         return F.dropout(x, self.dropout)  # all ranks have the same values, and the same generator

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins import MCoreAdapterModuleMixin
 
+from nemo_tiedlora.model.targets import Target
 from nemo_tiedlora.nemo.adapter import adapter_config
 from nemo_tiedlora.variants import METHODS
 
@@ -64,7 +65,11 @@ TRANSFORMER_ENGINE = {}
 
 # Without Transformer Engine megatron-core still exports these names, as mocks.
 if find_spec("transformer_engine"):
-    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TERowParallelLinear,
+    )
 
     class AdaptedTELayerNormColumnParallelLinear(TELayerNormColumnParallelLinear, AdaptedLinearMixin):
         """Transformer Engine's fused norm + projection: the adapter needs the normalised input, which it returns."""
@@ -84,4 +89,22 @@ if find_spec("transformer_engine"):
             output, bias = super().forward(x, *args, **kwargs)
             return self.adapted(output, x, bias), bias
 
-    TRANSFORMER_ENGINE = {"column": AdaptedTELayerNormColumnParallelLinear, "row": AdaptedTERowParallelLinear}
+    class AdaptedTEColumnParallelLinear(TEColumnParallelLinear, AdaptedLinearMixin):
+        """Transformer Engine's fc1 projection of an expert, before which all experts share one norm."""
+
+        def forward(self, x, *args, **kwargs):
+            output, bias = super().forward(x, *args, **kwargs)
+            return self.adapted(output, x, bias), bias
+
+    TRANSFORMER_ENGINE = {
+        "column": AdaptedTELayerNormColumnParallelLinear,
+        "row": AdaptedTERowParallelLinear,
+        "expert's column": AdaptedTEColumnParallelLinear,
+    }
+
+
+def mixin(target: Target, transformer_engine: bool) -> type[AdaptedLinearMixin]:
+    """The class of a target's linear layers once they have adapters."""
+    classes = TRANSFORMER_ENGINE if transformer_engine and TRANSFORMER_ENGINE else LOCAL
+    own = target.parallel if target.expert is None else f"expert's {target.parallel}"
+    return classes.get(own, classes[target.parallel])

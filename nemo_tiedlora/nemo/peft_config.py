@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.sizes import sites
-from nemo_tiedlora.model.targets import TARGETS, blocks, check_experts, expand, rows, shape
+from nemo_tiedlora.model.targets import Target, blocks, kinds, rows, where
 from nemo_tiedlora.nemo.adaptations import Adaptation, Adaptations
 from nemo_tiedlora.nemo.adapter import FactorAdapter, adapter_config
-from nemo_tiedlora.nemo.mixins import LOCAL, TRANSFORMER_ENGINE
+from nemo_tiedlora.nemo.mixins import mixin
 from nemo_tiedlora.parallel.cut import cut, tensor_ranks
 from nemo_tiedlora.parallel.exchange import agreed
 from nemo_tiedlora.parallel.scores import Ranks
@@ -37,23 +37,23 @@ class FactorPEFTConfig(PEFTConfig):
         section = cfg.peft.get(f"{scheme}_tuning") or {}
         self.settings = OmegaConf.to_container(section, resolve=True) if section else {}
         self.config = config or config_for(scheme, self.settings)
-        self.targets = expand(self.config.target_modules)
-        check_experts(self.config.target_modules, cfg)
+        self.kinds = kinds(self.config.target_modules, cfg)
         self.variant = build(self.config, cfg.num_layers)
         _check_optimizer(cfg, self.variant)
-        mixins = TRANSFORMER_ENGINE if cfg.get("transformer_engine") and TRANSFORMER_ENGINE else LOCAL
         adapters, self.name_key_to_mcore_mixins = {}, {}
-        for target in self.targets:
-            where = TARGETS[target]
-            adapters[self.adapter_name(target)] = adapter_config(scheme)(
-                target, where.parallel, self.config.dropout, self.settings
+        for kind in self.kinds:
+            target = where(kind)
+            _check_spread(target, cfg)
+            adapters[self.adapter_name(kind)] = adapter_config(scheme)(
+                kind, target.parallel, self.config.dropout, self.settings
             )
-            self.name_key_to_mcore_mixins[self.adapter_name(target)] = [(where.path, mixins[where.parallel])]
+            linear = mixin(target, bool(cfg.get("transformer_engine")))
+            self.name_key_to_mcore_mixins[self.adapter_name(kind)] = [(target.path, linear)]
         super().__init__({"layer_selection": self.config.layer_selection}, adapters)
         self.weight_tying = True  # makes NeMo call tie_weights once all layers have their adapters
 
-    def adapter_name(self, target: str) -> str:
-        return f"{self.scheme}_{target}"
+    def adapter_name(self, kind: str) -> str:
+        return f"{self.scheme}_{kind}"
 
     def tie_weights(self, model: NLPAdapterModelMixin) -> None:
         """Bind every layer's adapter to one bank, and record in the model's config what makes it again."""
@@ -63,25 +63,26 @@ class FactorPEFTConfig(PEFTConfig):
         bank = Bank(
             self.variant,
             cut=lambda whole, spec, site: cut(
-                whole, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), ranks, rank
+                whole, spec, where(site.target).parallel, blocks(site.target, model.cfg), ranks, rank
             ),
             checksums=None if self.config.store_frozen else self.config.checksums,  # loaded after being drawn
             agreed=agreed,
             stored=self.stored,
         )
+        by_place = {(site.target, site.layer): site for site in modules}
         partials: set[str] = set()
         bound: list[FactorAdapter] = []
         for layer in model._unwrap_layers_model_list():
-            for target in self.targets:
-                linear = layer.get_submodule(TARGETS[target].path)
+            for kind in self.kinds:
+                linear = layer.get_submodule(where(kind).path)
                 adapters = getattr(linear, "adapter_layer", {})
-                if self.adapter_name(target) in adapters:
-                    adapter = adapters[self.adapter_name(target)]
-                    site = Site(target, layer.layer_number - 1, *shape(target, model.cfg))
-                    stacked = blocks(target, model.cfg)
-                    adapter.bind(bank, site, linear, rows(target, model.cfg, ranks), stacked)
+                if self.adapter_name(kind) in adapters:
+                    adapter = adapters[self.adapter_name(kind)]
+                    site = by_place[kind, layer.layer_number - 1]
+                    stacked = blocks(kind, model.cfg)
+                    adapter.bind(bank, site, linear, rows(kind, model.cfg, ranks), stacked)
                     specs = self.variant.tensors(site).values()
-                    partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.sequence_parallel)}
+                    partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.has_parts)}
                     bound.append(adapter)
         for adapter in bound:
             adapter.share_gradients_of(partials)
@@ -101,9 +102,17 @@ def _ranks(variant: Variant, modules: list[Site], cfg: DictConfig) -> Ranks | No
     """How a variant's scores are added up over ranks; None if it has none."""
     if not variant.parts:
         return None
-    column = torch.tensor([TARGETS[module.target].parallel == "column" for module in modules])
+    column = torch.tensor([where(module.target).parallel == "column" for module in modules])
     split = {"output": column | bool(cfg.get("sequence_parallel")), "A": ~column, "B": column}
     return Ranks(torch.stack([split[part] for part in variant.parts]).double())
+
+
+def _check_spread(target: Target, cfg: DictConfig) -> None:
+    """Refuse a layer inside an expert where experts are spread over ranks: each rank would have others of them."""
+    spread = cfg.get("expert_model_parallel_size") or 1
+    if target.expert is not None and spread > 1:
+        way_out = "adapters go into experts that every rank has; set it to 1, or use targets in the attention"
+        raise UsageError("model.expert_model_parallel_size", spread, way_out)
 
 
 def _check_optimizer(cfg: DictConfig, variant: Variant) -> None:

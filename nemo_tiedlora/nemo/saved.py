@@ -20,7 +20,7 @@ from nemo_tiedlora.checkpoint.pickles import as_it_is, is_trusted
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import check_shape
 from nemo_tiedlora.model.sizes import sites
-from nemo_tiedlora.model.targets import TARGETS, blocks
+from nemo_tiedlora.model.targets import blocks, where
 from nemo_tiedlora.nemo.adaptations import Adaptations
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.parallel.cut import cut, has_parts, join, tensor_ranks
@@ -63,7 +63,7 @@ def whole(model: NLPAdapterModelMixin, scheme: str, values: dict[str, dict[str, 
     stage: dict[str, dict[str, Any]] = {}
     for key, named in mine.items():
         spec, site = specs[key]
-        layout = TARGETS[site.target].parallel, blocks(site.target, model.cfg)
+        layout = where(site.target).parallel, blocks(site.target, model.cfg)
         stage[key] = {
             name: join([values[key][name] for values in by_tensor_rank], spec, *layout) if has_parts(value) else value
             for name, value in named.items()
@@ -77,7 +77,7 @@ def part(model: NLPAdapterModelMixin, scheme: str, key: str, value: Any) -> Any:
     if not has_parts(value):
         return value
     spec, site = _specs(model, scheme)[key]
-    return cut(value, spec, TARGETS[site.target].parallel, blocks(site.target, model.cfg), *tensor_ranks())
+    return cut(value, spec, where(site.target).parallel, blocks(site.target, model.cfg), *tensor_ranks())
 
 
 def only_ours(model: NLPAdapterModelMixin) -> bool:

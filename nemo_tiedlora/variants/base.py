@@ -36,12 +36,14 @@ class Site:
         layer: 0-based number of the transformer layer in the whole model.
         in_features: columns of the frozen weight W (out, in).
         out_features: rows of W.
+        routed: whether it sees the tokens that a router sends it, of any samples, and not whole samples.
     """
 
     target: str
     layer: int
     in_features: int
     out_features: int
+    routed: bool = False
 
 
 class Factors(NamedTuple):

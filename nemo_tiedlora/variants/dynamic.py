@@ -221,6 +221,12 @@ class Dynamic(Wrapper[DynamicConfig]):
         if self._time_to_choose():
             self._allocate()
 
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if site.routed and self.config.scores("forward"):
+            way_out = f"{site.target} sees tokens that a router sends it, not samples; set it to backward"
+            raise UsageError("importance", "forward", way_out)
+
     def _time_to_choose(self) -> bool:
         config = self.config
         if self.step == config.scoring_steps and config.scores("backward"):

@@ -41,7 +41,7 @@ def files(tmp_path_factory):
 def test_two_ranks_train_what_one_trains(files, tmp_path, base):
     """And one goes on from the checkpoint that two have written."""
     middle = str(tmp_path / f"step={STEPS // 2}-consumed_samples={4 * STEPS // 2}.0.ckpt")  # NeMo reads the name
-    mlp = [] if "expert" in base else ["mlp_fc1", "mlp_fc2"]
+    mlp = ["mlp_fc1", "mlp_fc2"]
     cases = {
         "TL6 with DoRA": case("tied_lora", [*ATTENTION, *mlp], dora=True) | {"checkpoint": (middle, STEPS // 2)},
         "CondLoRA": case("cond_lora", ["attention_qkv", "attention_dense", *mlp]),

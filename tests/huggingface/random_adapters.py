@@ -26,7 +26,7 @@ def adapter_for(base, path, scheme, deviation=0.3, **settings):
             elif spec.init.random:
                 drawn = spec.init.draw(size, variant.seed, key, variant.drawing_rule)
                 checksums[key] = record(drawn, spec.init.unit(size))
-        base_of = Base.of(opened.config, opened.checksums(paths_of(config)))
+        base_of = Base.of(opened.config, opened.checksums(paths_of(config, opened.config)))
         made = Adapter(scheme, settings_of(config, variant, checksums), base_of, tensors)
     write(made, path)
     return made

@@ -3,6 +3,7 @@
 import bases
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_adapter import logits
 from test_saved import CASES
 
@@ -10,15 +11,15 @@ from nemo_tiedlora.checkpoint import read
 from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.checkpoint.merge import merge, unmerge
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.model.targets import TARGETS
+from nemo_tiedlora.model.targets import where
 
 ATTENTION = [["attention"], ["attention_q", "attention_k", "attention_v", "attention_dense"]]
 #: By base: target modules, as fused and as single matrices.
 FUSED_AND_SINGLE = {
     "gpt2": [["all"], [*ATTENTION[1], "mlp_fc1", "mlp_fc2"]],
     "heads": [["all"], [*ATTENTION[1], "mlp_gate", "mlp_up", "mlp_fc2"]],
-    "experts": ATTENTION,
-    "shared expert": ATTENTION,
+    "experts": [["all"], ["attention_dense", "mlp_gate", "mlp_up", "mlp_fc2"]],
+    "shared expert": [["mlp"], ["mlp_gate", "mlp_fc2"]],
 }
 
 
@@ -30,8 +31,10 @@ def other_bases(files):
         files[name] = bases.save(name, folder / "tokenizer.model", folder)
 
 
-#: Of all pairs, those that `make test` runs: methods that read W, that gather it, and that watch outputs.
-QUICK = {("gpt2", "cond"), ("heads", "uni"), ("experts", "dyna"), ("shared expert", "xs")}
+#: Experts see tokens and not samples, of which DynaLoRA's other importance is a sum.
+BACKWARD = {"importance": "backward"}
+#: Of all pairs, those that `make test` runs: methods that read W, that gather it, and that watch outputs or gradients.
+QUICK = {("gpt2", "cond"), ("heads", "dyna"), ("experts", "dyna-cond-dora"), ("shared expert", "uni")}
 
 
 def pairs():
@@ -46,6 +49,7 @@ def pairs():
 def test_trained_saved_loaded_and_merged_give_the_same_logits(finetuning, files, tmp_path, base, case, kind):
     scheme, settings = CASES[case]
     settings = {"rank": 4, "target_modules": FUSED_AND_SINGLE[base][kind]} | settings
+    settings |= BACKWARD if scheme == "dyna_lora" and "expert" in base else {}
     torch.manual_seed(0)
     model, trainer = finetuning(base, peft_scheme=scheme, trainer={"max_steps": 3}, **{f"{scheme}_tuning": settings})
     before = logits(model)
@@ -101,24 +105,25 @@ def test_the_adapted_model_is_the_plain_one_with_other_weights(finetuning, tmp_p
     plain, _ = finetuning(base, peft_scheme="none")
     before = logits(plain)
     targets = {key.split(".")[0] for key in tensors}
-    assert len(targets) == (2 if "expert" in base else 4)
+    assert len(targets) == {"experts": 2 + 2 * 4, "shared expert": 2 * 4}.get(base, 4)
     for number, layer in enumerate(plain.model.decoder.layers):
         for target in targets:
-            weight = layer.get_submodule(TARGETS[target].path).weight
+            weight = layer.get_submodule(where(target).path).weight
             weight.data = weights_by_the_equation(tensors, target, number, weight.data).float()
     assert not torch.allclose(logits(plain), before, rtol=0.01, atol=0.01)
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
 
 
-def test_no_adapter_is_put_on_experts(files):
+def test_experts_that_have_no_layers_here_get_no_adapter(files):
     """NeMo's own scripts come here without this package's checks of a job."""
     from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 
     with open_base(files["experts"]) as base:
         config = base.config
-    for target in ("all", "mlp", "mlp_fc1", "mlp_up", "mlp_down"):
-        config.peft = {"tied_lora_tuning": {"target_modules": [target]}}
-        with pytest.raises(
-            UsageError, match=rf"^target_modules='{target}': the base has 4 experts \(num_moe_experts\)"
-        ):
-            FactorPEFTConfig("tied_lora", config)
+    config.peft = {"tied_lora_tuning": {"target_modules": ["mlp_down"]}}
+    for field, value, said in (
+        ("moe_grouped_gemm", True, "target_modules='mlp_down': the base's experts have no linear layers of their own"),
+        ("expert_model_parallel_size", 2, "model.expert_model_parallel_size=2: adapters go into experts that every"),
+    ):
+        with pytest.raises(UsageError, match=f"^{said}"):
+            FactorPEFTConfig("tied_lora", OmegaConf.merge(config, {field: value}))
