@@ -54,6 +54,13 @@ class AttachedToTransformers(Attached):
 
     def _prepare(self) -> None:
         there = adapters_on(self.model)
+        for other in there.values() if there else ():
+            whole = tuple(f"{name}." for name in other.whole_modules())
+            for name in (span.name for placed in self.placed for span in placed.place.spans):
+                if f"{name}.".startswith(whole):
+                    raise UsageError(
+                        "targets", name, f"the adapter {other.name} trains it whole; leave one of them out"
+                    )
         with there.disabled() if there else nullcontext():  # they start as the model's own, not as another adapter's
             #: What it trains whole.
             self.heads = heads.Heads(self.model, self._whole)

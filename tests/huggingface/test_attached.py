@@ -12,6 +12,7 @@ import saved_models
 import torch
 import transformers
 import twins
+from by_hand import ENCODERS, contents, encoder, fused, separate
 from peft import PeftModel
 from torch.func import functional_call
 from typer.testing import CliRunner
@@ -43,10 +44,6 @@ CASES = {
 }  # fmt: skip
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_of_nemos_computes_the_same_here_and_is_written_again_byte_by_byte(name, bases, tmp_path):
@@ -73,17 +70,6 @@ def test_a_file_of_nemos_computes_the_same_here_and_is_written_again_byte_by_byt
     adapter.merge()
     torch.testing.assert_close(model(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
     assert [id(module) for module in model.modules()] == modules
-
-
-def fused(q, k, v, groups, head):
-    """Megatron's order of rows: a group's queries, its key, its value."""
-    parts = [part.view(groups, -1, head, part.shape[-1]) for part in (q, k, v)]
-    return torch.cat(parts, 1).flatten(0, 2)
-
-
-def separate(whole, groups, head, heads):
-    split = whole.view(groups, heads // groups + 2, head, -1)
-    return split[:, :-2].flatten(0, 2), split[:, -2].flatten(0, 1), split[:, -1].flatten(0, 1)
 
 
 @pytest.mark.parametrize("scheme", ["tied_lora", "cond_lora"])
@@ -163,19 +149,6 @@ def test_what_dyna_lora_sees_of_separate_projections_is_their_joined_output(base
     optimizer.step()
     expected = [torch.cat(seen[n : n + 3], -1).flatten(1).norm(dim=1).sum().item() for n in range(0, len(seen), 3)]
     torch.testing.assert_close(torch.tensor(adapter.variant.importance), torch.tensor(expected))
-
-
-ENCODERS = {
-    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, {"intermediate_size": 40}),
-    "roberta": (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, {"intermediate_size": 40}),
-}
-
-
-def encoder(name):
-    torch.manual_seed(0)
-    kind, config, more = ENCODERS[name]
-    sizes = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return kind(config(**sizes, **more, initializer_range=0.3)).double().eval()
 
 
 @pytest.mark.parametrize("name", ENCODERS)
