@@ -198,8 +198,10 @@ class Placed(nn.Module):
         return PlacedWeight(self.place)
 
     def factors(self) -> Factors:
-        """The site's A, B, scale and gain."""
-        return self.bank.factors(self.place.site, self.weight())
+        """The site's A, B, scale and gain, in the tensors' own dtype, also where a model computes in another."""
+        weight = self.weight()
+        with torch.autocast(weight.tensor.device.type, enabled=False):
+            return self.bank.factors(self.place.site, weight)
 
     def _adapt(self, number: int, linear: Any, args: tuple, kwargs: dict[str, Any], output: Tensor):
         """A layer's output (samples, ..., out) with the site's factors applied to the rows that are the site's."""

@@ -106,9 +106,9 @@ class AttachedToTransformers(Attached):
 
     def callback(self) -> transformers.TrainerCallback:
         """What ``transformers.Trainer`` needs in ``callbacks``, so that its optimizer's steps are the method's."""
-        from nemo_tiedlora.huggingface.trainer import AdapterCallback
+        from nemo_tiedlora.huggingface.trainer import callback_for
 
-        return AdapterCallback(self)
+        return callback_for(self)
 
     def adapter(self) -> Adapter:
         """The adapter as a value, with the checksums of the model's weights: what ``save`` writes.
