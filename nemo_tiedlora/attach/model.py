@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nemo_tiedlora.attach.contract import Contract, error_without, parameter_groups
-from nemo_tiedlora.attach.placed import NAME, Place, Placed, Span, sizes
+from nemo_tiedlora.attach.placed import NAME, Place, Placed, Span, is_spread, sizes
 from nemo_tiedlora.attach.together import joined
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.variants import Bank, Site, Variant, VariantConfig, build, config_for
@@ -66,6 +66,9 @@ class Attached:
         self.placed = [Placed(place, self.bank, config.dropout, name) for place in places]
         self._contract: Contract | None = None
         self._guards: list[Any] = []
+        #: What was trained when it was put on, and whether the model has been spread over processes since.
+        self._tensors: list[nn.Parameter] = []
+        self._sharded: bool | None = None
         self._prepare()
         self.adapters._join(self)
 
@@ -76,11 +79,9 @@ class Attached:
         for placed in self.placed:
             placed.adapters = self.adapters
             placed.put()
-        self._guards = [
-            tensor.register_post_accumulate_grad_hook(self._check_contract)
-            for _, tensor in self.bank.trained().values()
-            if error_without(self.variant)
-        ]
+        self._tensors, self._sharded = self.parameters(), None
+        self._guards = [tensor.register_post_accumulate_grad_hook(self._after_backward) for tensor in self._tensors]
+        self._guards.append(self.model.register_forward_pre_hook(self._check_tensors))
 
     def _take_off(self) -> None:
         if self._contract:
@@ -194,11 +195,30 @@ class Attached:
         if self.adapters.merged is not None or self.adapters.get(self.name) is not self:
             raise UsageError("adapter", self.variant.config.scheme, "is off the model already")
 
-    def _check_contract(self, tensor: torch.Tensor) -> None:
-        if self._contract and self._contract.in_force:
-            return
-        if error := error_without(self.variant):
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained, each once."""
+        return [tensor for _, tensor in self.bank.trained().values()]
+
+    def ignored_params(self) -> set[nn.Parameter]:
+        """What ``fully_shard`` needs in ``ignored_params``: the tensors of all adapters on the model, which every
+        process has whole, as layers of several of its groups share them. Their gradients are averaged here."""
+        return {parameter for adapter in self.adapters.values() for parameter in adapter.parameters()}
+
+    def _check_tensors(self, model: nn.Module, args: tuple) -> None:
+        if any(now is not then for now, then in zip(self.parameters(), self._tensors, strict=True)):
+            way_out = "other tensors have taken the place of the adapter's; leave them whole, as "
+            way_out += "fully_shard(..., ignored_params=adapter.ignored_params()) does"
+            raise UsageError("model", type(model).__name__, way_out)
+
+    def _after_backward(self, tensor: torch.Tensor) -> None:
+        if not (self._contract and self._contract.in_force) and (error := error_without(self.variant)):
             raise error
+        if self._sharded is None:
+            self._sharded = is_spread(self.model)
+        if self._sharded:
+            assert tensor.grad is not None  # it was just given one
+            torch.distributed.all_reduce(tensor.grad)
+            tensor.grad /= torch.distributed.get_world_size()
 
 
 def attach(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemo_tiedlora.attach import quantised
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.variants import Bank, Factors, FrozenWeight, Site, merged
@@ -40,9 +41,24 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def by_rows(linear: Any) -> Tensor:
-    """A linear layer's weight (out, in), which shares the layer's memory."""
+    """A linear layer's weight (out, in), which shares the layer's memory; of a quantised one a copy, and of one that
+    ``fully_shard`` has spread over processes too, which all of them ask for at once."""
+    if quantised.kind(linear):
+        return quantised.dequantised(linear)
     weight = linear.weight.detach()
+    if is_sharded(weight):
+        weight = weight.full_tensor()
     return weight.T if is_transposed(linear) else weight
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether it is a DTensor, whose module need not be imported for that."""
+    return hasattr(weight, "full_tensor")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has spread some of it over processes."""
+    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
 
 
 class Span(NamedTuple):
@@ -71,7 +87,8 @@ class PlacedWeight(FrozenWeight):
     """A site's frozen W (out, in), in the order of the site's rows, out of all the layers that it lies on."""
 
     def __init__(self, place: Place):
-        super().__init__(place.spans[0].linear.weight)
+        linear = place.spans[0].linear
+        super().__init__(quantised.like(linear) if quantised.kind(linear) else linear.weight)
         self.place = place
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
@@ -82,7 +99,7 @@ class PlacedWeight(FrozenWeight):
         site, spans = self.place
         if spans[0].rows is None:
             return form(by_rows(spans[0].linear).to(dtype))
-        made = self.tensor.new_empty(site.out_features, width, dtype=dtype)
+        made = torch.empty(site.out_features, width, dtype=dtype, device=self.tensor.device)
         for rows, weight in self._parts(dtype):
             made[rows] = form(weight)
         return made
@@ -142,7 +159,8 @@ class Placed(nn.Module):
         share: how much of the change is made. alone: whether no other adapter is active.
 
     Raises:
-        UsageError: the rank does not fit, or the layer's weight is not made of floating-point numbers.
+        UsageError: the rank does not fit, or the layer's weight is made neither of floating-point numbers nor by
+            bitsandbytes.
     """
 
     adapters: "Adapters"
@@ -153,10 +171,9 @@ class Placed(nn.Module):
         self.enabled, self.share, self.alone = True, 1.0, True
         for number, span in enumerate(place.spans):
             weight = span.linear.weight
-            if not weight.is_floating_point():
-                way_out = (
-                    f"its weight is of type {str(weight.dtype).removeprefix('torch.')}; load the model unquantised"
-                )
+            if not weight.is_floating_point() and not quantised.kind(span.linear):
+                what = f"its weight is of type {str(weight.dtype).removeprefix('torch.')}"
+                way_out = f"{what}; load the model unquantised, or quantised by bitsandbytes"
                 raise UsageError("targets", span.name, way_out)
             for kind in ("inside", "rows"):
                 index = getattr(span, kind)
@@ -282,7 +299,19 @@ class Placed(nn.Module):
 @torch.no_grad()
 def write(sites: Iterable[tuple[Placed, float]]) -> None:
     """Put sites' changes, each so many times, into their layers' weights: all of them are changes of the weights as
-    they are before."""
+    they are before.
+
+    Raises:
+        UsageError: one of the layers cannot be written to; then none is.
+    """
+    sites = list(sites)
+    for span in (span for placed, _ in sites for span in placed.place.spans):
+        if is_sharded(span.linear.weight):
+            way_out = "its weight is spread over processes; save the adapter, and merge it on one"
+            raise UsageError("model", span.name, way_out)
+        if quantised.kind(span.linear):
+            way_out = "its weight is quantised, and would lose what is merged; merge into the unquantised model"
+            raise UsageError("model", span.name, f"{way_out}, onto which load(..., force=True) takes the adapter")
     for group in _sharing(sites):
         made: dict[Any, Tensor] = {}
         for placed, times in group:

@@ -7,14 +7,15 @@ from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from nemo_tiedlora.attach import Attached
-from nemo_tiedlora.attach.placed import NAME
+from nemo_tiedlora.attach import Attached, quantised
+from nemo_tiedlora.attach.placed import NAME, is_spread
 from nemo_tiedlora.attach.together import adapters_on, joined
 from nemo_tiedlora.checkpoint import Adapter, Base, read, write
 from nemo_tiedlora.checkpoint.adapter import paths_of, settings_of
@@ -74,6 +75,10 @@ class AttachedToTransformers(Attached):
         for parameter in self.heads.parameters():
             parameter.requires_grad_(on)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained, each once."""
+        return super().parameters() + self.heads.parameters()
+
     def whole_modules(self) -> list[str]:
         """Names of the modules that are trained whole."""
         return self.heads.names
@@ -129,7 +134,8 @@ class AttachedToTransformers(Attached):
     def save(self, path: str | Path) -> str:
         """Write the adapter in the canonical form, which NeMo's side reads too where it runs such models.
 
-        Heads that are trained whole are beside it, in ``heads.safetensors``.
+        Heads that are trained whole are beside it, in ``heads.safetensors``. Of a model that ``fully_shard`` has spread
+        over processes, all of them call it, and the first one writes.
 
         Args:
             path: a folder; of a model that NeMo runs, also a file that ends in ``.nemo``.
@@ -143,7 +149,11 @@ class AttachedToTransformers(Attached):
         if Path(path).suffix == ".nemo" and (self.heads.names or not self.known):
             way_out = f"name a folder: NeMo does not run a {type(self.model).__name__}"
             raise UsageError("path", str(path), way_out)
-        sha256 = write(self.adapter(), path)
+        made = self.adapter()
+        if is_spread(self.model) and torch.distributed.get_rank():
+            with TemporaryDirectory() as folder:
+                return write(made, folder)  # the first process writes
+        sha256 = write(made, path)
         if Path(path).suffix != ".nemo":
             heads.write(self.model, self.heads, Path(path))
         return sha256
@@ -241,7 +251,8 @@ def load(model: nn.Module, path: str | Path, force: bool = False, name: str = NA
     else:
         here = loaded.base.checksums
     if here != loaded.base.checksums:
-        dtype = str(where.places[0].spans[0].linear.weight.dtype).removeprefix("torch.")
+        linear = where.places[0].spans[0].linear
+        dtype = quantised.kind(linear) or str(linear.weight.dtype).removeprefix("torch.")
         way_out = f"its weights, in {dtype} here, are not those that the adapter was trained on; load the model that "
         way_out += "was, in the dtype that it was saved in, or go on all the same with force=True"
         raise UsageError("model", type(model).__name__, way_out)
