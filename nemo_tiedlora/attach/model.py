@@ -79,6 +79,7 @@ class Attached:
         for placed in self.placed:
             placed.adapters = self.adapters
             placed.put()
+        self._want(True)  # or there would be nothing to be told of
         self._tensors, self._sharded = self.parameters(), None
         self._guards = [tensor.register_post_accumulate_grad_hook(self._after_backward) for tensor in self._tensors]
         self._guards.append(self.model.register_forward_pre_hook(self._check_tensors))
