@@ -22,7 +22,7 @@ from nemo_tiedlora.checkpoint.adapter import paths_of, settings_of
 from nemo_tiedlora.checkpoint.plain_lora import PlainLora
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.files import new_folder
-from nemo_tiedlora.huggingface import heads, peft_lora
+from nemo_tiedlora.huggingface import card, heads, peft_lora
 from nemo_tiedlora.huggingface.export import DTYPES
 from nemo_tiedlora.huggingface.families import FAMILIES
 from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
@@ -131,14 +131,16 @@ class AttachedToTransformers(Attached):
         tensors = {key: tensor.detach().cpu() for key, tensor in self.bank.kept(config.store_frozen).items()}
         return Adapter(config.scheme, settings_of(config, self.variant, self.bank.checksums), base, tensors)
 
-    def save(self, path: str | Path) -> str:
+    def save(self, path: str | Path, base_name: str | None = None) -> str:
         """Write the adapter in the canonical form, which NeMo's side reads too where it runs such models.
 
         Heads that are trained whole are beside it, in ``heads.safetensors``. Of a model that ``fully_shard`` has spread
-        over processes, all of them call it, and the first one writes.
+        over processes, all of them call it, and the first one writes. A folder is ready for the Hub: a page about the
+        adapter, ``README.md``, is in it too, unless there is one of your own.
 
         Args:
             path: a folder; of a model that NeMo runs, also a file that ends in ``.nemo``.
+            base_name: what the page calls the model; None: what it was loaded by, if that is a name on the Hub.
 
         Returns:
             The adapter's SHA-256.
@@ -156,6 +158,7 @@ class AttachedToTransformers(Attached):
         sha256 = write(made, path)
         if Path(path).suffix != ".nemo":
             heads.write(self.model, self.heads, Path(path))
+            card.write(Path(path), made, sha256, self.model, base_name, self.heads)
         return sha256
 
     def export_peft(self, folder: str | Path, dtype: str = "float32", base_name: str | None = None) -> dict[str, Any]:
@@ -163,7 +166,7 @@ class AttachedToTransformers(Attached):
 
         Args:
             folder: new or empty. dtype: of the tensors, one of ``DTYPES``.
-            base_name: what PEFT is told of the model's name.
+            base_name: what PEFT is told of the model's name; None: what it was loaded by, if that is a name on the Hub.
 
         Returns:
             The numbers of parameters and of modules, and the rank.
@@ -174,9 +177,12 @@ class AttachedToTransformers(Attached):
         """
         check_choice("dtype", dtype, DTYPES)
         known = self._family("export_peft")
+        base_name = card.name_of(self.model, base_name)
         lora = PlainLora(self.adapter(), HeldBase(self.model, known))
         with new_folder(Path(folder), "folder") as unfinished:
-            return peft_lora.write(lora, known.modules, unfinished, getattr(torch, dtype), base_name)
+            facts = peft_lora.write(lora, known.modules, unfinished, getattr(torch, dtype), base_name)
+            card.write_exported(unfinished, lora.adapter, base_name, facts)
+        return facts
 
     def _family(self, what: str) -> Known:
         if self.known is None:

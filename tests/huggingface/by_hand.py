@@ -28,4 +28,5 @@ def separate(whole, groups, head, heads):
 
 
 def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    """Of the adapter's files; the page about it is for people."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}

@@ -453,13 +453,16 @@ def test_a_file_of_an_encoder_goes_onto_such_an_encoder_only(tmp_path):
 
 def test_the_lines_in_the_docs_run(bases, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
-    loop, with_trainer = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    loop, several, with_trainer, spread = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     model = twins.transformers_model(bases("llama")[0])
     scope = {"model": model, "torch": torch, "transformers": transformers, "input_ids": twins.IDS}
     exec(loop, scope)
     assert not torch.equal(scope["plain"], model(twins.IDS).logits)
     assert torch.equal(twins.logits(tmp_path / "merged"), model(twins.IDS).logits)
+    scope["model"] = model = twins.transformers_model(bases("llama")[0])
+    exec(several, scope)
+    assert list(scope["adapters"]) == ["french", "law"] and scope["adapters"].merged == {"french": 0.7, "law": 0.3}
     scope["adapter"] = huggingface.attach(model, "dyna_lora", ["q_proj"], rank=2)
     scope["rows"] = [{"input_ids": row, "labels": row} for row in twins.IDS]
     scope["args"] = transformers.TrainingArguments(
@@ -467,3 +470,7 @@ def test_the_lines_in_the_docs_run(bases, tmp_path, monkeypatch):
     )
     exec(with_trainer, scope)
     assert scope["adapter"].variant.step == 2
+    given = []
+    scope |= {"mesh": None, "fully_shard": lambda module, mesh, ignored_params: given.append(ignored_params)}
+    exec(spread, scope)  # what it comes to is in test_processes.py, which has two processes
+    assert given == [set(scope["adapter"].parameters())] * 4

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from nemo_tiedlora import huggingface
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.variants import FrozenWeight
 
 NAMES = [[f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"] for layer in range(3)]
 HOW = {
@@ -336,3 +337,19 @@ def test_one_layers_spans_drop_the_same_inputs(bases):
     h = torch.linalg.lstsq(B, outputs).solution  # A times what was left of x: 4 numbers a token, of 80 outputs
     torch.testing.assert_close(B @ h, outputs)
     assert not torch.allclose(h, named["attention_qkv.A"] @ x[0].T)
+
+
+@pytest.mark.parametrize(("kind", "target"), [("llama", "attention_qkv"), ("gpt2", "attention_v"), ("gpt2", "mlp_fc1")])
+def test_what_reads_a_weight_of_several_layers_does_not_join_them(kind, target, bases, monkeypatch):
+    model = twins.transformers_model(bases(kind)[0]).double()
+    weight = huggingface.attach(model, "tied_lora", [target], rank=2).placed[1].weight()
+    joined = FrozenWeight(weight(torch.float64))
+    monkeypatch.setattr(type(weight), "__call__", lambda *_: pytest.fail("it is joined"))
+    rows, columns = joined.tensor.shape
+    for name, shape in (
+        ("left", (rows, 3)), ("left_gradient", (3, columns)), ("right", (columns, 3)), ("right_gradient", (rows, 3)),
+        *([("turned", (columns, 3)), ("turned_gradient", (3, rows))] if rows == columns else []),
+    ):  # fmt: skip
+        X = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(getattr(weight, name)(X), getattr(joined, name)(X))
+    torch.testing.assert_close(weight.row_lengths(torch.float64), joined.row_lengths(torch.float64))
