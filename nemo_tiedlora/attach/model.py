@@ -205,8 +205,15 @@ class Attached:
         process has whole, as layers of several of its groups share them. Their gradients are averaged here."""
         return {parameter for adapter in self.adapters.values() for parameter in adapter.parameters()}
 
+    def _in_place(self) -> bool:
+        """Whether the model still has the very tensors that are trained."""
+        try:
+            return all(now is then for now, then in zip(self.parameters(), self._tensors, strict=True))
+        except AttributeError:
+            return False  # not even parameters, under FSDP's first version
+
     def _check_tensors(self, model: nn.Module, args: tuple) -> None:
-        if any(now is not then for now, then in zip(self.parameters(), self._tensors, strict=True)):
+        if not self._in_place():
             way_out = "other tensors have taken the place of the adapter's; leave them whole, as "
             way_out += "fully_shard(..., ignored_params=adapter.ignored_params()) does"
             raise UsageError("model", type(model).__name__, way_out)

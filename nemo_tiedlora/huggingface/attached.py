@@ -79,6 +79,9 @@ class AttachedToTransformers(Attached):
         """All that is trained, each once."""
         return super().parameters() + self.heads.parameters()
 
+    def _in_place(self) -> bool:
+        return super()._in_place() and self.heads.in_place()
+
     def whole_modules(self) -> list[str]:
         """Names of the modules that are trained whole."""
         return self.heads.names

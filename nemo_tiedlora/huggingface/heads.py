@@ -115,6 +115,11 @@ class Heads:
         """Those that are trained, each once."""
         return list(dict.fromkeys(one for one in self.tensors.values() if isinstance(one, torch.nn.Parameter)))
 
+    def in_place(self) -> bool:
+        """Whether the model has their parameters, where it should."""
+        there = {name: kind[own] for name, (kind, own) in self._slots.items()} if self._before else self.tensors
+        return all(there[name] is one for name, one in self.tensors.items() if isinstance(one, torch.nn.Parameter))
+
     def switch(self, on: bool) -> None:
         """Put them into the model's places, or what was there before; again, nothing happens."""
         if on == bool(self._before):

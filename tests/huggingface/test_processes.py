@@ -23,6 +23,8 @@ KINDS = {
     "CondLoRA": ("cond_lora", {}),
     "DoRA": ("tied_lora", {"preset": "TL6", "dora": True}),
     "DynaLoRA": ("dyna_lora", {"active": 2, "period": 1}),
+    "LoRA-XS": ("lora_xs", {}),
+    "Uni-LoRA": ("uni_lora", {"dimension": 50}),
 }
 SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
