@@ -99,8 +99,10 @@ class Attached:
 
     def _want(self, on: bool) -> None:
         """Want gradients, and take part in the optimizer's steps, or do not."""
-        for _, tensor in self.bank.trained().values():
+        for tensor in self.parameters():
             tensor.requires_grad_(on)
+            if not on:
+                tensor.grad = None  # any optimizer would take a step by what is left
         if self._contract:
             self._contract.paused = not on
 

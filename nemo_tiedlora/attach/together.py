@@ -51,7 +51,7 @@ class Adapters(Mapping[str, "Attached"]):
         return len(self._on)
 
     def set_adapter(self, which: str | Mapping[str, float]) -> None:
-        """Make one adapter the only active one, or several, each with its weight.
+        """Make one adapter the only active one, or several, each with its weight; the others' gradients are dropped.
 
         Args:
             which: a name, or the weight of each that is to be active.
@@ -97,14 +97,15 @@ class Adapters(Mapping[str, "Attached"]):
         Args:
             only: without this one; None: without all.
         """
-        off = [one for name, one in self._on.items() if name in self.active and only in (None, one)]
+        off = [one for one in self._on.values() if one.placed[0].enabled and only in (None, one)]
         for adapter in off:
             adapter._switch(False)
         try:
             yield
         finally:
             for adapter in off:
-                adapter._switch(True)
+                if self.get(adapter.name) is adapter and adapter.name in self.active:  # it may have left within
+                    adapter._switch(True)
 
     def merge(self, which: str | Mapping[str, float] | None = None) -> nn.Module:
         """Write a mix of adapters into the frozen weights, and take all adapters off.

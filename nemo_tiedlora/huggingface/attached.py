@@ -70,11 +70,6 @@ class AttachedToTransformers(Attached):
         super()._switch(on)
         self.heads.switch(on)
 
-    def _want(self, on: bool) -> None:
-        super()._want(on)
-        for parameter in self.heads.parameters():
-            parameter.requires_grad_(on)
-
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained, each once."""
         return super().parameters() + self.heads.parameters()

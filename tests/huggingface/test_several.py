@@ -80,6 +80,8 @@ def test_what_is_active_follows_the_equation_and_so_does_what_is_merged(bases):
         assert (logits - plain).abs().max() > 1e-2
         torch.testing.assert_close(logits, expected(model, adapters[0], found, mix), rtol=1e-9, atol=1e-9)
         with all_of_them.disabled():
+            with all_of_them["tied"].disabled(), all_of_them.disabled():
+                pass
             assert torch.equal(model(twins.IDS).logits, plain)
         left = dict(list(mix.items())[1:])
         with all_of_them[next(iter(mix))].disabled():
@@ -135,7 +137,9 @@ def test_training_one_changes_no_other_and_each_is_saved_as_if_it_were_alone(bas
     assert wanted == {id(tensor) for tensor in adapters[1].named_tensors().values()}
     optimizer = torch.optim.AdamW([group for a in adapters for group in a.parameter_groups(1e-2)], weight_decay=0.1)
     contracts = [adapter.attach_to(optimizer) for adapter in adapters]
-    model(twins.IDS, labels=twins.IDS).loss.backward()
+    for name in ("dora", "cond"):
+        adapters[0].adapters.set_adapter(name)
+        model(twins.IDS, labels=twins.IDS).loss.backward()
     optimizer.step()
     for adapter in adapters:
         adapter.save(tmp_path / "after")
@@ -208,7 +212,7 @@ def test_every_adapter_has_heads_of_its_own(tmp_path):
         adapters.set_adapter({"one": 0.5, "two": 0.5})
     with adapters.disabled():
         assert model.classifier.weight is original and torch.equal(model(ids).logits, plain)
-    adapters["one"].detach()
+        adapters["one"].detach()
     assert model.classifier.weight is original
     two = adapters["two"]
     two.merge()
