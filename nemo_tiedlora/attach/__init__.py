@@ -13,6 +13,7 @@ from torch import nn
 
 from nemo_tiedlora.attach.contract import Contract, parameter_groups
 from nemo_tiedlora.attach.model import Attached, attach
+from nemo_tiedlora.attach.placed import NAME
 from nemo_tiedlora.variants import VariantConfig
 
 __all__ = ["Attached", "Contract", "attach", "parameter_groups"]
@@ -20,9 +21,14 @@ __all__ = ["Attached", "Contract", "attach", "parameter_groups"]
 
 class _Callable(ModuleType):
     def __call__(
-        self, model: nn.Module, method: str | VariantConfig, targets: Sequence[str], **settings: Any
+        self,
+        model: nn.Module,
+        method: str | VariantConfig,
+        targets: Sequence[str],
+        name: str = NAME,
+        **settings: Any,
     ) -> Attached:
-        return attach(model, method, targets, **settings)
+        return attach(model, method, targets, name, **settings)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -75,11 +75,12 @@ class Contract:
 
     Attributes:
         in_force: false once it is detached.
+        paused: whether steps are none of the adapter's, as another one is active.
     """
 
     def __init__(self, optimizer: Optimizer, bank: Bank, adapter: str = "adapter", ranks: Alone | None = None):
         variant = bank.variant
-        self.bank, self.adapter, self.ranks = bank, adapter, ranks
+        self.bank, self.adapter, self.ranks, self.paused = bank, adapter, ranks, False
         self.variant = variant
         #: The schedule's learning rate at every step so far, and how many steps each tensor has taken.
         self.rates: list[float] = []
@@ -110,9 +111,11 @@ class Contract:
         return [group for group in optimizer.param_groups if group.get("adapter") == self.adapter]
 
     def _before(self, optimizer: Optimizer, args, kwargs) -> None:
+        if self.paused:
+            return
         active = self.variant.active_keys()
-        if self.variant.own_schedules:
-            self.rates.append(optimizer.param_groups[0]["lr"])
+        if self.variant.own_schedules:  # of its own groups: another adapter's contract may have set the first one's
+            self.rates.append((self._groups(optimizer) or optimizer.param_groups)[0]["lr"])
         for group in self._groups(optimizer):
             if active is not None and active.isdisjoint(group["keys"]):
                 self._hold(group)
@@ -138,6 +141,8 @@ class Contract:
         for put_back in self._put_back:
             put_back()
         self._put_back.clear()
+        if self.paused:
+            return
         written(self._tensors())
         for key in self.variant.active_keys() or ():  # also those that are on another pipeline stage
             self.steps[key] = self.steps.get(key, 0) + 1

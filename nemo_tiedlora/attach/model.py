@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nemo_tiedlora.attach.contract import Contract, error_without, parameter_groups
-from nemo_tiedlora.attach.placed import Place, Placed, Span, sizes
+from nemo_tiedlora.attach.placed import NAME, Place, Placed, Span, is_spread, sizes
+from nemo_tiedlora.attach.together import joined
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.variants import Bank, Site, Variant, VariantConfig, build, config_for
 from nemo_tiedlora.variants.base import Alone
@@ -37,13 +38,15 @@ class Attached:
         places: the adapted layers.
         layers: number of layers in the whole model.
         stored: keys of tensors that will be loaded, so that they need not be computed.
+        name: which adapter of the model's it is.
 
     Attributes:
         model: the adapted model.
+        adapters: all that are on the model, of which this becomes the only active one.
         bank: the adapter's tensors, each once, and every layer's factors.
 
     Raises:
-        UsageError: what does not fit, or a model that has an adapter already. Then the model is as it was.
+        UsageError: what does not fit, or a model that has an adapter of this name already. Then the model is as it was.
     """
 
     def __init__(
@@ -53,33 +56,62 @@ class Attached:
         places: Iterable[Place],
         layers: int,
         stored: Collection[str] = (),
+        name: str = NAME,
     ):
         places = list(places)
-        for name, module in model.named_modules():
-            if isinstance(module, Placed):
-                layer = name.rpartition(".")[0]
-                way_out = f"{layer} has an adapter already; merge() or detach() it first"
-                raise UsageError("model", type(model).__name__, way_out)
-        self.model = model
+        self.model, self.name = model, name
+        self.adapters = joined(model, name)
         self.bank = Bank(build(config, layers), checksums=config.checksums, stored=stored)
         self.variant.start([place.site for place in places])
-        self.placed = [Placed(place, self.bank, config.dropout) for place in places]
+        self.placed = [Placed(place, self.bank, config.dropout, name) for place in places]
         self._contract: Contract | None = None
         self._guards: list[Any] = []
-        self._merged = False
-        self._wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._put()
+        #: What was trained when it was put on, and whether the model has been spread over processes since.
+        self._tensors: list[nn.Parameter] = []
+        self._sharded: bool | None = None
+        self._prepare()
+        self.adapters._join(self)
+
+    def _prepare(self) -> None:
+        """Make what else there is to it, before it goes on."""
 
     def _put(self) -> None:
-        self.model.requires_grad_(False)
         for placed in self.placed:
+            placed.adapters = self.adapters
             placed.put()
-        self._guards = [
-            tensor.register_post_accumulate_grad_hook(self._check_contract)
-            for _, tensor in self.bank.trained().values()
-            if error_without(self.variant)
-        ]
-        self._on = True
+        self._want(True)  # or there would be nothing to be told of
+        self._tensors, self._sharded = self.parameters(), None
+        self._guards = [tensor.register_post_accumulate_grad_hook(self._after_backward) for tensor in self._tensors]
+        self._guards.append(self.model.register_forward_pre_hook(self._check_tensors))
+
+    def _take_off(self) -> None:
+        if self._contract:
+            self._contract.detach()
+        for guard in self._guards:
+            guard.remove()
+        for placed in self.placed:
+            placed.take_off()
+
+    def _switch(self, on: bool) -> None:
+        """Change the model's outputs, or do not."""
+        for placed in self.placed:
+            placed.enabled = on
+
+    def _want(self, on: bool) -> None:
+        """Want gradients, and take part in the optimizer's steps, or do not."""
+        for tensor in self.parameters():
+            tensor.requires_grad_(on)
+            if not on:
+                tensor.grad = None  # any optimizer would take a step by what is left
+        if self._contract:
+            self._contract.paused = not on
+
+    def whole_modules(self) -> list[str]:
+        """Names of the modules that are trained whole."""
+        return []
+
+    def _keep_whole_modules(self) -> None:
+        """They are the model's now."""
 
     @property
     def variant(self) -> Variant:
@@ -96,7 +128,7 @@ class Attached:
         Args:
             lr: of what A_l is made of; with ``lr_ratio``, B_l's is that many times it. None: the optimizer's default.
         """
-        return parameter_groups(self.bank, lr=lr)
+        return parameter_groups(self.bank, self.name, lr)
 
     def attach_to(self, optimizer: Optimizer) -> Contract:
         """Make every step of ``optimizer`` the method's; where torch.distributed runs, on all of its processes at once.
@@ -114,88 +146,94 @@ class Attached:
         if self._contract and self._contract.in_force:
             raise UsageError("optimizer", type(optimizer).__name__, "attached to one already; detach() that first")
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self._contract = Contract(optimizer, self.bank, ranks=DataParallel() if several else None)
+        self._contract = Contract(optimizer, self.bank, self.name, DataParallel() if several else None)
+        self._contract.paused = self.name not in self.adapters.active
         return self._contract
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The model as it was before, inside a ``with`` block."""
-        before = [placed.enabled for placed in self.placed]
-        for placed in self.placed:
-            placed.enabled = False
-        try:
+        """The model as it was without this adapter, inside a ``with`` block."""
+        with self.adapters.disabled(self):
             yield
-        finally:
-            for placed, enabled in zip(self.placed, before, strict=True):
-                placed.enabled = enabled
 
     def merge(self) -> nn.Module:
-        """Write what every layer and its adapter do together into the frozen weight, and take the adapter off.
+        """Write what every layer and its adapter do together into the frozen weight, and take the adapter off, and all
+        others; see ``Adapters.merge`` for mixes.
 
         Returns:
-            The model, as it was before ``attach`` but for its weights.
+            The model, as it was before ``attach`` but for its weights and the modules that are trained whole.
 
         Raises:
-            UsageError: a tensor of the adapter has NaN or infinity in it, or it is off the model.
+            UsageError: a tensor of the adapter has NaN or infinity in it, it is off the model, or a weight of the model
+                cannot take it.
         """
         self._check_on()
-        for key, tensor in self.named_tensors().items():
-            if not tensor.isfinite().all():
-                raise UsageError("adapter", key, "has NaN or infinity in it, which would be in the weights")
-        for placed in self.placed:
-            placed.write()
-        self._merged = True
-        return self.detach()
+        return self.adapters.merge(self.name)
 
     def unmerge(self) -> nn.Module:
-        """Take the adapter out of the weights again after ``merge``, to within rounding, and put it back on the model.
+        """Take what was merged out of the weights again, to within rounding, and put all adapters back on the model.
 
         Raises:
             UsageError: it is not merged, or its change depends on the weights that it changed.
         """
-        scheme = self.variant.config.scheme
         if not self._merged:
-            raise UsageError("adapter", scheme, "is not merged")
-        if why := self.variant.final_at_merge():
-            raise UsageError("adapter", scheme, f"cannot be taken out: {why}; load the model again")
-        for placed in self.placed:
-            placed.write(-1)
-        self._merged = False
-        self._wanted = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._put()
-        return self.model
+            raise UsageError("adapter", self.variant.config.scheme, "is not merged")
+        return self.adapters.unmerge()
 
     def detach(self) -> nn.Module:
-        """Take the adapter off: the model is as it was before, down to what wants gradients.
+        """Take the adapter off. Others stay; without any, the model is as it was before, down to what wants gradients.
 
         Raises:
             UsageError: it is off already.
         """
         self._check_on()
-        if self._contract:
-            self._contract.detach()
-        for guard in self._guards:
-            guard.remove()
-        for placed in self.placed:
-            placed.take_off()
-        self.model.requires_grad_(False)
-        for parameter in self._wanted:
-            parameter.requires_grad_(True)
-        self._on = False
+        self.adapters._leave(self)
         return self.model
 
+    @property
+    def _merged(self) -> bool:
+        return self.adapters.merged is not None and self.adapters.get(self.name) is self
+
     def _check_on(self) -> None:
-        if not self._on:
+        if self.adapters.merged is not None or self.adapters.get(self.name) is not self:
             raise UsageError("adapter", self.variant.config.scheme, "is off the model already")
 
-    def _check_contract(self, tensor: torch.Tensor) -> None:
-        if self._contract and self._contract.in_force:
-            return
-        if error := error_without(self.variant):
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained, each once."""
+        return [tensor for _, tensor in self.bank.trained().values()]
+
+    def ignored_params(self) -> set[nn.Parameter]:
+        """What ``fully_shard`` needs in ``ignored_params``: the tensors of all adapters on the model, which every
+        process has whole, as layers of several of its groups share them. Their gradients are averaged here."""
+        return {parameter for adapter in self.adapters.values() for parameter in adapter.parameters()}
+
+    def _in_place(self) -> bool:
+        """Whether the model still has the very tensors that are trained."""
+        try:
+            return all(now is then for now, then in zip(self.parameters(), self._tensors, strict=True))
+        except AttributeError:
+            return False  # not even parameters, under FSDP's first version
+
+    def _check_tensors(self, model: nn.Module, args: tuple) -> None:
+        if not self._in_place():
+            way_out = "other tensors have taken the place of the adapter's; leave them whole, as "
+            way_out += "fully_shard(..., ignored_params=adapter.ignored_params()) does"
+            raise UsageError("model", type(model).__name__, way_out)
+
+    def _after_backward(self, tensor: torch.Tensor) -> None:
+        if not (self._contract and self._contract.in_force) and (error := error_without(self.variant)):
             raise error
+        if self._sharded is None:
+            self._sharded = is_spread(self.model)
+        if self._sharded:
+            assert tensor.grad is not None  # it was just given one
+            torch.distributed.all_reduce(tensor.grad)
+            tensor.grad /= torch.distributed.get_world_size()
 
 
-def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str], **settings: Any) -> Attached:
+def attach(
+    model: nn.Module, method: str | VariantConfig, targets: Sequence[str], name: str = NAME, **settings: Any
+) -> Attached:
     """Adapt every linear layer of ``model`` whose last name is in ``targets``, in place; freeze everything else.
 
     Args:
@@ -203,6 +241,7 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
         method: a scheme's name, e.g. ``"tied_lora"``, or a method's config, e.g. ``TiedConfig(rank=8)``. Its
             ``target_modules`` are ignored.
         targets: last parts of module names, e.g. ``["q_proj", "v_proj"]``.
+        name: what to call it beside other adapters on the model.
         settings: those of a method given by name, e.g. ``preset="TL6", rank=8``.
 
     Returns:
@@ -210,7 +249,7 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
 
     Raises:
         UsageError: an unknown method or setting, a target that no linear has, a rank that does not fit, or a model that
-            has an adapter already. Then the model is as it was.
+            has an adapter of this name already. Then the model is as it was.
     """
     if isinstance(method, str):
         method = config_for(method, settings)
@@ -218,9 +257,9 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
         raise UsageError("settings", settings, f"write them into the {type(method).__name__}")
     check_list("targets", targets, str)
     found: dict[str, dict[str, nn.Module]] = {}
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if sizes(module):
-            found.setdefault(name.rpartition(".")[2], {})[name] = module
+            found.setdefault(path.rpartition(".")[2], {})[path] = module
     for target in targets:
         if target not in found:
             raise UsageError("targets", target, f"no linear layer has this name; {closest(target, found)}")
@@ -229,9 +268,9 @@ def attach(model: nn.Module, method: str | VariantConfig, targets: Sequence[str]
         if not 1 <= layer <= layers:
             raise UsageError("layer_selection", layer, f"the model has layers 1 to {layers}")
     places = [
-        Place(Site(target, layer, *(sizes(base) or ())), (Span(name, base),))
+        Place(Site(target, layer, *(sizes(base) or ())), (Span(path, base),))
         for target in targets
-        for layer, (name, base) in enumerate(found[target].items())
+        for layer, (path, base) in enumerate(found[target].items())
         if layer in method.adapted_layers(len(found[target]))
     ]
-    return Attached(model, method, places, layers)
+    return Attached(model, method, places, layers, name=name)

@@ -4,18 +4,24 @@ The layers stay where and what they are: their outputs are changed by forward ho
 module named ``adapter`` inside the first of a site's layers. So the model's own weights keep their names.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nemo_tiedlora.attach import quantised
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.ops import apply
 from nemo_tiedlora.variants import Bank, Factors, FrozenWeight, Site, merged
 
-#: What the module with a site's tensors is called inside the site's first linear layer.
+if TYPE_CHECKING:
+    from nemo_tiedlora.attach.together import Adapters
+
+#: An adapter's name, if nothing is said; and what the module with a site's tensors is called inside the site's first
+#: linear layer, followed by any other name.
 NAME = "adapter"
 
 
@@ -35,9 +41,24 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def by_rows(linear: Any) -> Tensor:
-    """A linear layer's weight (out, in), which shares the layer's memory."""
+    """A linear layer's weight (out, in), which shares the layer's memory; of a quantised one a copy, and of one that
+    ``fully_shard`` has spread over processes too, which all of them ask for at once."""
+    if quantised.kind(linear):
+        return quantised.dequantised(linear)
     weight = linear.weight.detach()
+    if is_sharded(weight):
+        weight = weight.full_tensor()
     return weight.T if is_transposed(linear) else weight
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether it is a DTensor, whose module need not be imported for that."""
+    return hasattr(weight, "full_tensor")
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has spread some of it over processes."""
+    return any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__)
 
 
 class Span(NamedTuple):
@@ -66,22 +87,62 @@ class PlacedWeight(FrozenWeight):
     """A site's frozen W (out, in), in the order of the site's rows, out of all the layers that it lies on."""
 
     def __init__(self, place: Place):
-        super().__init__(place.spans[0].linear.weight)
+        linear = place.spans[0].linear
+        super().__init__(quantised.like(linear) if quantised.kind(linear) else linear.weight)
         self.place = place
 
     def __call__(self, dtype: torch.dtype) -> Tensor:
+        return self._by_span(self.place.site.in_features, dtype, lambda weight: weight)
+
+    def _by_span(self, width: int, dtype: torch.dtype, form: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``form`` makes of each span's rows of W, (rows, width), in the order of the site's rows."""
         site, spans = self.place
         if spans[0].rows is None:
-            return by_rows(spans[0].linear).to(dtype)
-        made = self.tensor.new_empty(site.out_features, site.in_features, dtype=dtype)
-        for span in spans:
-            weight = by_rows(span.linear)
-            made[span.rows] = (weight if span.inside is None else weight[span.inside]).to(dtype)
+            return form(by_rows(spans[0].linear).to(dtype))
+        made = torch.empty(site.out_features, width, dtype=dtype, device=self.tensor.device)
+        for rows, weight in self._parts(dtype):
+            made[rows] = form(weight)
         return made
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[Any, Tensor]]:
+        """Each span's rows in the site and in W. Whole layers are not copied, as joining them would."""
+        for span in self.place.spans:
+            weight = by_rows(span.linear)
+            rows = slice(None) if span.rows is None else span.rows
+            yield rows, (weight if span.inside is None else weight[span.inside]).to(dtype)
+
+    def left(self, X: Tensor) -> Tensor:
+        return _sum(X[rows].T @ weight for rows, weight in self._parts(X.dtype))
+
+    def left_gradient(self, grad: Tensor) -> Tensor:
+        return self._by_span(len(grad), grad.dtype, lambda weight: weight @ grad.T)
+
+    def turned(self, X: Tensor) -> Tensor:
+        return self.right(X).T
+
+    def turned_gradient(self, grad: Tensor) -> Tensor:
+        return self.right_gradient(grad.T)
+
+    def right(self, X: Tensor) -> Tensor:
+        return self._by_span(X.shape[1], X.dtype, lambda weight: weight @ X)
+
+    def right_gradient(self, grad: Tensor) -> Tensor:
+        return _sum(weight.T @ grad[rows] for rows, weight in self._parts(grad.dtype))
+
+    def squared_rows(self, dtype: torch.dtype) -> Tensor:
+        return self._by_span(1, dtype, lambda weight: weight.square().sum(1, keepdim=True))[:, 0]
 
     @property
     def version(self) -> int:
         return sum(span.linear.weight._version for span in self.place.spans)
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor:
+    """Of one part at least; the first is written over."""
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 class Placed(nn.Module):
@@ -90,23 +151,29 @@ class Placed(nn.Module):
     Args:
         bank: of the adapter.
         dropout: on the adapter's input.
+        name: the adapter's.
 
     Attributes:
+        adapters: all that are on the model.
         enabled: whether outputs are changed.
+        share: how much of the change is made. alone: whether no other adapter is active.
 
     Raises:
-        UsageError: the rank does not fit, or the layer's weight is not made of floating-point numbers.
+        UsageError: the rank does not fit, or the layer's weight is made neither of floating-point numbers nor by
+            bitsandbytes.
     """
 
-    def __init__(self, place: Place, bank: Bank, dropout: float):
+    adapters: "Adapters"
+
+    def __init__(self, place: Place, bank: Bank, dropout: float, name: str = NAME):
         super().__init__()
-        self.place, self.bank, self.dropout, self.enabled = place, bank, dropout, True
+        self.place, self.bank, self.dropout, self.name = place, bank, dropout, name
+        self.enabled, self.share, self.alone = True, 1.0, True
         for number, span in enumerate(place.spans):
             weight = span.linear.weight
-            if not weight.is_floating_point():
-                way_out = (
-                    f"its weight is of type {str(weight.dtype).removeprefix('torch.')}; load the model unquantised"
-                )
+            if not weight.is_floating_point() and not quantised.kind(span.linear):
+                what = f"its weight is of type {str(weight.dtype).removeprefix('torch.')}"
+                way_out = f"{what}; load the model unquantised, or quantised by bitsandbytes"
                 raise UsageError("targets", span.name, way_out)
             for kind in ("inside", "rows"):
                 index = getattr(span, kind)
@@ -116,9 +183,11 @@ class Placed(nn.Module):
                 )
         bank.adopt(self, place.site, self.weight())
         self._handles: list[Any] = []
-        #: Of the pass that is under way: which spans took the factors, the factors, and the spans' outputs.
+        #: Of the pass that is under way: which spans took the factors, the factors, what was dropped from which input,
+        #: and the spans' outputs.
         self._taken: set[int] = set()
         self._formed: Factors | None = None
+        self._dropped: tuple[Tensor, Tensor] | None = None
         self._with_gradients = False
         self._outputs: dict[int, Tensor] = {}
 
@@ -137,23 +206,26 @@ class Placed(nn.Module):
         self.place.spans[0].linear._modules.pop(self._name(), None)
 
     def _name(self) -> str:
-        """Several sites can begin on the same fused layer."""
-        return NAME if self.place.spans[0].inside is None else f"{NAME}_{self.place.site.target}"
+        """Several sites can begin on the same fused layer. No name of an adapter has a hyphen in it."""
+        name = NAME if self.name == NAME else f"{NAME}-{self.name}"
+        return name if self.place.spans[0].inside is None else f"{name}_{self.place.site.target}"
 
     def weight(self) -> FrozenWeight:
         """The site's frozen weight."""
         return PlacedWeight(self.place)
 
     def factors(self) -> Factors:
-        """The site's A, B, scale and gain."""
-        return self.bank.factors(self.place.site, self.weight())
+        """The site's A, B, scale and gain, in the tensors' own dtype, also where a model computes in another."""
+        weight = self.weight()
+        with torch.autocast(weight.tensor.device.type, enabled=False):
+            return self.bank.factors(self.place.site, weight)
 
     def _adapt(self, number: int, linear: Any, args: tuple, kwargs: dict[str, Any], output: Tensor):
         """A layer's output (samples, ..., out) with the site's factors applied to the rows that are the site's."""
         if not self.enabled:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
-        A, B, scale, gain, u = self._shared(number)
+        (A, B, scale, gain, u), dropped = self._shared(number, x)
         rows, inside = self._index("rows", number), self._index("inside", number)
         if rows is not None:
             B, gain = B[rows], None if gain is None else gain[rows]
@@ -161,7 +233,14 @@ class Placed(nn.Module):
             out = output.shape[-1]
             B = B.new_zeros(out, B.shape[1]).index_copy(0, inside, B)
             gain = None if gain is None else gain.new_ones(out).index_copy(0, inside, gain)
-        output = apply(output, F.dropout(x, self.dropout, self.training), A, B, scale, gain, u, linear.bias)
+        if gain is None:
+            output = apply(output, dropped, A, B, self.share * scale, None, u)
+        elif self.alone and self.share == 1:
+            output = apply(output, dropped, A, B, scale, gain, u, linear.bias)
+        else:  # a gain is of the frozen layer's output, to which others have added
+            frozen = linear.forward(*args, **kwargs)
+            changed = apply(frozen.clone(), dropped, A, B, scale, gain, u, linear.bias)
+            output = torch.add(output, changed - frozen, alpha=self.share)
         if self.training and self.bank.variant.observes:
             self._observe(number, output if inside is None else output[..., inside])
         return output
@@ -169,16 +248,24 @@ class Placed(nn.Module):
     def _index(self, kind: str, number: int) -> Tensor | None:
         return self._buffers[f"{kind}_{number}"]
 
-    def _shared(self, number: int) -> Factors:
-        """The factors of this pass, formed once for all spans: a method that watches their gradients sees the sum."""
+    def _shared(self, number: int, x: Tensor) -> tuple[Factors, Tensor]:
+        """The factors of this pass, formed once for all spans: a method that watches their gradients sees the sum; and
+        the input with values dropped, the same ones for all spans, as they are one layer's."""
         if number in self._taken or self._with_gradients != torch.is_grad_enabled():
-            self._taken, self._formed = set(), None  # another pass, perhaps after one that was broken off
+            self._forget()  # another pass, perhaps after one that was broken off
         formed = self._formed or self.factors()
+        if self._dropped is None or self._dropped[0] is not x:
+            self._dropped = x, F.dropout(x, self.dropout, self.training)
+        dropped = self._dropped[1]
         self._with_gradients = torch.is_grad_enabled()
         self._taken.add(number)
-        done = len(self._taken) == len(self.place.spans)
-        self._taken, self._formed = (set(), None) if done else (self._taken, formed)
-        return formed
+        self._formed = formed
+        if len(self._taken) == len(self.place.spans):
+            self._forget()
+        return formed, dropped
+
+    def _forget(self) -> None:
+        self._taken, self._formed, self._dropped = set(), None, None
 
     def _observe(self, number: int, output: Tensor) -> None:
         site, spans = self.place
@@ -196,14 +283,55 @@ class Placed(nn.Module):
             self.bank.variant.observe(site, joined)
 
     @torch.no_grad()
-    def write(self, sign: int = 1) -> None:
-        """Put the factors into the layers' weights, formed in at least float32; with sign -1, take them out again."""
+    def change(self) -> Tensor:
+        """What the factors add to the site's frozen weight, (out, in), formed in at least float32."""
         weight = self.weight()
         precise = torch.promote_types(weight.tensor.dtype, torch.float32)
         A, B, scale, gain, u = self.factors()
         gain, u = (part if part is None else part.to(precise) for part in (gain, u))
-        factors = Factors(A.to(precise), B.to(precise), sign * scale, gain, u)
-        whole = merged(weight(precise), factors).to(weight.tensor.dtype)
-        for span in self.place.spans:
-            part = whole if span.rows is None else whole[span.rows]
-            by_rows(span.linear)[slice(None) if span.inside is None else span.inside] = part
+        factors = Factors(A.to(precise), B.to(precise), scale, gain, u)
+        if gain is None:
+            return scale * (factors.B @ factors.folded().A)
+        frozen = weight(precise)
+        return merged(frozen, factors) - frozen
+
+
+@torch.no_grad()
+def write(sites: Iterable[tuple[Placed, float]]) -> None:
+    """Put sites' changes, each so many times, into their layers' weights: all of them are changes of the weights as
+    they are before.
+
+    Raises:
+        UsageError: one of the layers cannot be written to; then none is.
+    """
+    sites = list(sites)
+    for span in (span for placed, _ in sites for span in placed.place.spans):
+        if is_sharded(span.linear.weight):
+            way_out = "its weight is spread over processes; save the adapter, and merge it on one"
+            raise UsageError("model", span.name, way_out)
+        if quantised.kind(span.linear):
+            way_out = "its weight is quantised, and would lose what is merged; merge into the unquantised model"
+            raise UsageError("model", span.name, f"{way_out}, onto which load(..., force=True) takes the adapter")
+    for group in _sharing(sites):
+        made: dict[Any, Tensor] = {}
+        for placed, times in group:
+            change = placed.change()
+            for span in placed.place.spans:
+                if span.linear not in made:
+                    made[span.linear] = by_rows(span.linear).to(change.dtype, copy=True)
+                rows, inside = (slice(None) if index is None else index for index in (span.rows, span.inside))
+                made[span.linear][inside] += times * change[rows]
+        for linear, whole in made.items():
+            by_rows(linear).copy_(whole)
+
+
+def _sharing(sites: Iterable[tuple[Placed, float]]) -> list[list[tuple[Placed, float]]]:
+    """Those that have layers in common together, so that only a few weights are in memory twice."""
+    groups: list[tuple[set[int], list[tuple[Placed, float]]]] = []
+    for site in sites:
+        layers, members = {id(span.linear) for span in site[0].place.spans}, [site]
+        for group in [group for group in groups if group[0] & layers]:
+            groups.remove(group)
+            layers, members = layers | group[0], group[1] + members
+        groups.append((layers, members))
+    return [members for _, members in groups]

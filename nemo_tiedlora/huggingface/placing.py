@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from nemo_tiedlora.huggingface.modules import Module, Modules
 
 ALL = "all-linear"
-#: What transformers calls the last layers of models for a task.
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "logits_proj", "regressor")
 
 
 class Known(NamedTuple):
@@ -63,10 +61,11 @@ def known(model: nn.Module) -> Known | None:
     return Known(FAMILIES[name].modules, OmegaConf.create(found))
 
 
-def found(model: nn.Module, targets: Sequence[str] | str, config: VariantConfig) -> Found:
+def found(model: nn.Module, targets: Sequence[str] | str, config: VariantConfig, whole: Sequence[str] = ()) -> Found:
     """The sites that ``targets`` name.
 
     Args:
+        whole: names of modules that are trained whole: no targets.
         targets: names of modules, whole or their ends, with ``*`` and ``?``; regular expressions of whole names;
             ``all-linear``; on the families that NeMo runs, also NeMo's words, such as ``attention_qkv``.
 
@@ -76,7 +75,7 @@ def found(model: nn.Module, targets: Sequence[str] | str, config: VariantConfig)
     targets = [targets] if isinstance(targets, str) else targets
     if not isinstance(targets, list | tuple) or not targets or not all(isinstance(name, str) for name in targets):
         raise UsageError("targets", targets, f"write a list of names, such as ['q_proj'], or '{ALL}'")
-    linear = _linear(model)
+    linear = _linear(model, whole)
     words = [target for target in targets if target in TARGETS or target in NAMES]
     try:
         family = known(model)
@@ -246,13 +245,13 @@ def _layers(names: list[str]) -> list[int]:
     return [found[differ[0]] for found in numbers] if len(differ) == 1 else list(range(len(names)))
 
 
-def again(model: nn.Module, sites: Sequence[Site], targets: list[str], layers: int) -> Found:
+def again(model: nn.Module, sites: Sequence[Site], targets: list[str], layers: int, whole: Sequence[str]) -> Found:
     """The layers of a model of no family of NeMo's that are ``sites``.
 
     Raises:
         UsageError: it has not all of them.
     """
-    here = {one.site: one for one in by_kind(_linear(model)).values()}
+    here = {one.site: one for one in by_kind(_linear(model, whole)).values()}
     for site in sites:
         if site not in here:
             what = f"layer {site.layer} of {site.target} ({site.out_features} x {site.in_features})"
@@ -260,16 +259,11 @@ def again(model: nn.Module, sites: Sequence[Site], targets: list[str], layers: i
     return Found(targets, [here[site] for site in sites], layers, None)
 
 
-def _linear(model: nn.Module) -> dict[str, Any]:
-    """All linear layers by name, but those in heads, which are trained whole."""
-    heads = tuple(f"{name}." for name in heads_of(model))
+def _linear(model: nn.Module, whole: Sequence[str]) -> dict[str, Any]:
+    """All linear layers by name, but those in modules that are trained whole."""
+    heads = tuple(f"{name}." for name in whole)
     return {
         name: module
         for name, module in model.named_modules()
         if sizes(module) and _runs(module) and not f"{name}.".startswith(heads)
     }
-
-
-def heads_of(model: nn.Module) -> list[str]:
-    """The model's heads for a task, which are new for every task: they are trained whole, and kept with the adapter."""
-    return [name for name, _ in model.named_children() if name in HEADS]

@@ -8,6 +8,7 @@ import transformers
 from transformers.trainer_callback import ExportableState
 
 from nemo_tiedlora.attach import Contract
+from nemo_tiedlora.attach.placed import NAME
 
 if TYPE_CHECKING:
     from nemo_tiedlora.attach import Attached
@@ -43,5 +44,17 @@ class AdapterCallback(transformers.TrainerCallback, ExportableState):
             self.contract.detach()
 
     def state(self) -> dict[str, Any]:
-        """What Trainer puts into its checkpoints; JSON can hold it."""
+        """What Trainer puts into its checkpoints, under the class's name; JSON can hold it."""
         return {"args": {}, "attributes": {"contract": self.contract.state_dict() if self.contract else None}}
+
+
+def callback_for(adapter: Attached) -> AdapterCallback:
+    """An adapter's callback, of a class of its own: with ``restore_callback_states_from_checkpoint``, Trainer makes
+    callbacks anew from nothing but their class, and states of several adapters are told apart by its name."""
+
+    class Bound(AdapterCallback):
+        def __init__(self):
+            super().__init__(adapter)
+
+    Bound.__name__ = AdapterCallback.__name__ + ("" if adapter.name == NAME else f"_{adapter.name}")
+    return Bound()

@@ -63,11 +63,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(method, targets, setti
     assert state(model) == before
 
 
-def test_a_second_adapter_is_refused():
+def test_a_second_adapter_of_the_same_name_is_refused():
     model = Layers()
     attach(model, "tied_lora", ["qkv"], rank=2)
     before = state(model)
-    with pytest.raises(UsageError, match="model='Layers': layers.0.qkv has an adapter already; merge"):
+    with pytest.raises(UsageError, match="name='adapter': the model has an adapter of this name already"):
         attach(model, "vera", ["qkv"], rank=2)
     assert state(model) == before
 

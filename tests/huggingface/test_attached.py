@@ -12,6 +12,7 @@ import saved_models
 import torch
 import transformers
 import twins
+from by_hand import ENCODERS, contents, encoder, fused, separate
 from peft import PeftModel
 from torch.func import functional_call
 from typer.testing import CliRunner
@@ -43,10 +44,6 @@ CASES = {
 }  # fmt: skip
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_a_file_of_nemos_computes_the_same_here_and_is_written_again_byte_by_byte(name, bases, tmp_path):
@@ -73,17 +70,6 @@ def test_a_file_of_nemos_computes_the_same_here_and_is_written_again_byte_by_byt
     adapter.merge()
     torch.testing.assert_close(model(twins.IDS).logits, expected, atol=1e-4, rtol=1e-4)
     assert [id(module) for module in model.modules()] == modules
-
-
-def fused(q, k, v, groups, head):
-    """Megatron's order of rows: a group's queries, its key, its value."""
-    parts = [part.view(groups, -1, head, part.shape[-1]) for part in (q, k, v)]
-    return torch.cat(parts, 1).flatten(0, 2)
-
-
-def separate(whole, groups, head, heads):
-    split = whole.view(groups, heads // groups + 2, head, -1)
-    return split[:, :-2].flatten(0, 2), split[:, -2].flatten(0, 1), split[:, -1].flatten(0, 1)
 
 
 @pytest.mark.parametrize("scheme", ["tied_lora", "cond_lora"])
@@ -165,19 +151,6 @@ def test_what_dyna_lora_sees_of_separate_projections_is_their_joined_output(base
     torch.testing.assert_close(torch.tensor(adapter.variant.importance), torch.tensor(expected))
 
 
-ENCODERS = {
-    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, {"intermediate_size": 40}),
-    "roberta": (transformers.RobertaForSequenceClassification, transformers.RobertaConfig, {"intermediate_size": 40}),
-}
-
-
-def encoder(name):
-    torch.manual_seed(0)
-    kind, config, more = ENCODERS[name]
-    sizes = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return kind(config(**sizes, **more, initializer_range=0.3)).double().eval()
-
-
 @pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("scheme", ["tied_lora", "vera", "share_lora", "cond_lora", "dyna_lora", "lora_xs"])
 def test_every_method_on_an_encoder(name, scheme, tmp_path):
@@ -202,7 +175,7 @@ def test_every_method_on_an_encoder(name, scheme, tmp_path):
     place = f"{name}.encoder.layer.attention.self"
     if scheme == "cond_lora":
         assert sum(tensor.numel() for tensor in adapter.named_tensors().values()) == 2 * 4 * (24 + 24)
-        weights = {}
+        weights = dict(adapter.heads.tensors)
         for layer in range(3):
             for part in ("query", "value"):
                 weight = f"{name}.encoder.layer.{layer}.attention.self.{part}.weight"
@@ -381,7 +354,7 @@ def test_a_file_goes_onto_the_model_it_was_trained_on_only(bases, tmp_path):
     with pytest.raises(UsageError, match="its weights, in float32 here, are not those that the adapter was trained on"):
         huggingface.load(other, tmp_path / "adapter")
     adapter = huggingface.load(other, tmp_path / "adapter", force=True)
-    with pytest.raises(UsageError, match="q_proj has an adapter already; merge.. or detach"):
+    with pytest.raises(UsageError, match="name='adapter': the model has an adapter of this name already"):
         huggingface.load(other, tmp_path / "adapter", force=True)
     assert all(tensor.requires_grad for tensor in adapter.named_tensors().values())
     adapter.merge()
@@ -480,13 +453,16 @@ def test_a_file_of_an_encoder_goes_onto_such_an_encoder_only(tmp_path):
 
 def test_the_lines_in_the_docs_run(bases, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
-    loop, with_trainer = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    loop, several, with_trainer, spread = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     model = twins.transformers_model(bases("llama")[0])
     scope = {"model": model, "torch": torch, "transformers": transformers, "input_ids": twins.IDS}
     exec(loop, scope)
     assert not torch.equal(scope["plain"], model(twins.IDS).logits)
     assert torch.equal(twins.logits(tmp_path / "merged"), model(twins.IDS).logits)
+    scope["model"] = model = twins.transformers_model(bases("llama")[0])
+    exec(several, scope)
+    assert list(scope["adapters"]) == ["french", "law"] and scope["adapters"].merged == {"french": 0.7, "law": 0.3}
     scope["adapter"] = huggingface.attach(model, "dyna_lora", ["q_proj"], rank=2)
     scope["rows"] = [{"input_ids": row, "labels": row} for row in twins.IDS]
     scope["args"] = transformers.TrainingArguments(
@@ -494,3 +470,7 @@ def test_the_lines_in_the_docs_run(bases, tmp_path, monkeypatch):
     )
     exec(with_trainer, scope)
     assert scope["adapter"].variant.step == 2
+    given = []
+    scope |= {"mesh": None, "fully_shard": lambda module, mesh, ignored_params: given.append(ignored_params)}
+    exec(spread, scope)  # what it comes to is in test_processes.py, which has two processes
+    assert given == [set(scope["adapter"].parameters())] * 4
