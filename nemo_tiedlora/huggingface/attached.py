@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from nemo_tiedlora.attach import Attached
@@ -24,6 +23,7 @@ from nemo_tiedlora.huggingface.families import FAMILIES
 from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
 from nemo_tiedlora.huggingface.placing import Found, Known, again, found, heads_of
 from nemo_tiedlora.model.config import check_shape
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.targets import KINDS
 from nemo_tiedlora.variants import VariantConfig, config_for, count
 
@@ -193,7 +193,7 @@ def load(model: nn.Module, path: str | Path, force: bool = False) -> AttachedToT
         where = found(model, config.target_modules, config)
         known = where.known
         assert known is not None  # or the words were refused
-        check_shape(loaded.shape, OmegaConf.create(Base.of(known.shape).shape), "adapter", path)
+        check_shape(loaded.shape, ModelConfig(Base.of(known.shape).shape), "adapter", path)
     path = Path(path)
     saved_heads = heads.read(model, path.parent if path.suffix == ".safetensors" else path)
     if loaded.base.checksums and not force:

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
 from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.model.data import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def expand(names: list[str]) -> list[str]:
     return targets
 
 
-def check_experts(names: list[str], model: DictConfig) -> None:
+def check_experts(names: list[str], model: ModelConfig) -> None:
     """Raise ``UsageError`` for a name that stands for an MLP, of a model that has experts instead.
 
     Experts' layers see other tokens in every step, and are sharded and stored in other ways than all others: no method
@@ -95,17 +94,17 @@ def check_experts(names: list[str], model: DictConfig) -> None:
             raise UsageError("target_modules", name, way_out)
 
 
-def is_gated(model: DictConfig) -> bool:
+def is_gated(model: ModelConfig) -> bool:
     """Whether fc1 is a fused gate and up projection (SwiGLU and the like)."""
     return str(model.get("activation", "gelu")).endswith("glu")
 
 
-def blocks(target: str, model: DictConfig) -> int:
+def blocks(target: str, model: ModelConfig) -> int:
     """How many matrices of equal size Megatron stacks in a target's W and shards one by one."""
     return 2 if target == "mlp_fc1" and is_gated(model) else 1
 
 
-def shape(target: str, model: DictConfig) -> tuple[int, int]:
+def shape(target: str, model: ModelConfig) -> tuple[int, int]:
     """Whole (in_features, out_features) of a target, from a NeMo GPT's model config.
 
     Raises:
@@ -129,7 +128,7 @@ def shape(target: str, model: DictConfig) -> tuple[int, int]:
     }[target]
 
 
-def rows(target: str, model: DictConfig, ranks: int = 1):
+def rows(target: str, model: ModelConfig, ranks: int = 1):
     """Which rows of the fused projection's local W a target addresses, as indices (out,); None means all.
 
     Megatron stores QKV by query group: the group's queries, then its key, then its value; and gate before up.
@@ -150,7 +149,7 @@ def rows(target: str, model: DictConfig, ranks: int = 1):
     return {"q": fused[:, :per_group], "k": fused[:, per_group], "v": fused[:, per_group + 1]}[part].reshape(-1)
 
 
-def places(targets: tuple[str, ...], model: DictConfig):
+def places(targets: tuple[str, ...], model: ModelConfig):
     """The rows of the whole W that targets inside one projection address, one below the other, as indices (rows,)."""
     import torch
 
@@ -158,7 +157,7 @@ def places(targets: tuple[str, ...], model: DictConfig):
     return torch.cat([torch.arange(shape(target, model)[1]) if own is None else own for target, own in found])
 
 
-def order(wanted: tuple[str, ...], given: tuple[str, ...], model: DictConfig):
+def order(wanted: tuple[str, ...], given: tuple[str, ...], model: ModelConfig):
     """The rows that ``wanted`` addresses as indices into those of ``given``, where both address the same rows."""
     return places(given, model).argsort()[places(wanted, model).argsort().argsort()]
 
