@@ -137,7 +137,7 @@ def merge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[str
                 rounding.note(weight, changes.undo(path, layer, after))
             return after
 
-        config = dict(source.config)
+        config = source.config.copy()
         record = {"sha256": sha256, "base_checksums": found}
         config[RECORD] = [*(config.get(RECORD) or []), record]
         source.write(out, config, loaded.paths, change)
@@ -177,7 +177,7 @@ def unmerge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[s
         if record.get("sha256") != sha256 and not force:
             way_out = "another adapter was merged last" if records else "no adapter was merged into it"
             raise UsageError("base", str(base), f"{way_out}; use --force to subtract this one all the same")
-        config = dict(source.config)
+        config = source.config.copy()
         if record.get("sha256") == sha256:
             config[RECORD] = records[:-1]
         if not config.get(RECORD):

@@ -25,6 +25,9 @@ class ModelConfig(dict[str, Any]):
         except KeyError:
             raise AttributeError(f"the config has no {name}") from None
 
+    def copy(self) -> "ModelConfig":
+        return ModelConfig(self)
+
 
 def over(content: Mapping[str, Any], more: Mapping[str, Any]) -> ModelConfig:
     """A copy of ``content`` with ``more`` in it: sections are joined, and whatever else is in both is of ``more``."""
