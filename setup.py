@@ -9,6 +9,31 @@ HERE = Path(__file__).parent
 #: What a user copies is at the top of the checkout, and in the package once that is installed.
 SCRIPTS = {"nemo_tiedlora.conf": "conf", "nemo_tiedlora.examples": "examples"}
 
+#: Methods on torch models, and their files: safetensors writes torch's tensors with numpy.
+CORE = ["torch>=2.6", "safetensors", "numpy"]
+#: The tiedlora command.
+CLI = ["matplotlib", "pyyaml", "rich", "typer>=0.12.5"]
+#: Models of transformers: adapters on them, and they as bases.
+HF = [*CLI, "sentencepiece", "tokenizers", "transformers>=4.51,<5"]
+#: The benchmark suite.
+SUITE = [*CLI, "datasets<4", "jinja2", "pyarrow", "rouge_score", "ruamel.yaml", "sacrebleu", "scikit-learn", "scipy"]
+#: NeMo and all that runs on it, the suite among them.
+NEMO = [
+    *HF,
+    *SUITE,
+    "nemo_toolkit>=2.4,<2.5",
+    "megatron-core>=0.13,<0.14",
+    "lightning>=2.4,<2.5",
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "numpy<2",
+    "packaging",
+    "pybind11",
+    "tensorboard",
+]
+GGUF = ["gguf>=0.17"]  # for quantised weights in GGUF files, smollm2's among them
+LM_EVAL = ["lm_eval>=0.4.13,<0.5"]
+
 setup(
     name="nemo_tiedlora",
     version=run_path(str(HERE / "nemo_tiedlora" / "__init__.py"))["__version__"],
@@ -29,39 +54,16 @@ setup(
         "nemo_tiedlora.conf": ["*.yaml"],
         "nemo_tiedlora.embedded": ["base.safetensors", "tokenizer.model"],
     },
-    entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.cli:main"]},
+    entry_points={"console_scripts": ["tiedlora = nemo_tiedlora.__main__:main"]},
     # The code fits these; requirements.txt says exactly what it is tested with, and what NeMo needs besides.
-    install_requires=[
-        "torch>=2.6",
-        "nemo_toolkit>=2.4,<2.5",
-        "megatron-core>=0.13,<0.14",
-        "lightning>=2.4,<2.5",
-        "hydra-core>=1.3.2,<1.4",
-        "omegaconf>=2.3,<2.4",
-        "datasets<4",
-        "jinja2",
-        "matplotlib",
-        "numpy<2",
-        "packaging",
-        "pyarrow",
-        "pybind11",
-        "pyyaml",
-        "rich",
-        "rouge_score",
-        "ruamel.yaml",
-        "sacrebleu",
-        "safetensors",
-        "scikit-learn",
-        "scipy",
-        "sentencepiece",
-        "tensorboard",
-        "tokenizers",
-        "transformers>=4.51,<5",
-        "typer>=0.12.5",
-    ],
+    install_requires=CORE,
     extras_require={
-        "gguf": ["gguf>=0.17"],  # for quantised weights in GGUF files, smollm2's among them
-        "lm_eval": ["lm_eval>=0.4.13,<0.5"],
-        "test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval", "gguf>=0.17", "trl"],
+        "cli": CLI,
+        "hf": HF,
+        "suite": SUITE,
+        "nemo": NEMO,
+        "gguf": GGUF,
+        "lm_eval": LM_EVAL,
+        "test": [*NEMO, *GGUF, *LM_EVAL, "pytest", "pytest-xdist", "mypy", "ruff", "peft", "trl"],
     },
 )

@@ -12,6 +12,7 @@ import typer
 
 from nemo_tiedlora import console, own_methods, scripts
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.options import BaseName
 from nemo_tiedlora.platform.threads import wait_passively
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -20,7 +21,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none reads --file or standard input.")] = None,
-    base: console.BaseName = "builtin",
+    base: BaseName = "builtin",
     adapter: Annotated[Path | None, typer.Option(help="Adapter (.nemo) to put on the base.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file with one prompt per line.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens per prompt, at most.", min=1)] = 32,

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from nemo_tiedlora.console import AsJson, BaseName, progress, show
+from nemo_tiedlora.console import progress, show
 from nemo_tiedlora.errors import UsageError, check_choice
+from nemo_tiedlora.options import AsJson, BaseName
 
 app = typer.Typer(
     help="Heat maps of layers, subspaces, conversion matrices and allocations, with their numbers.",

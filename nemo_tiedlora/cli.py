@@ -8,8 +8,9 @@ import typer
 from typer.core import TyperCommand
 
 from nemo_tiedlora import __version__, analyze, console, own_methods, scripts
-from nemo_tiedlora.console import BASES, AsJson, BaseName, show
+from nemo_tiedlora.console import BASES, show
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.options import AsJson, BaseName
 
 app = typer.Typer(
     name="tiedlora",
@@ -130,8 +131,7 @@ def params(
     """Trainable, stored and total parameters of an adapter, without building a model."""
     from dataclasses import asdict
 
-    from omegaconf import OmegaConf
-
+    from nemo_tiedlora.model.data import ModelConfig
     from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.variants import config_for
 
@@ -153,7 +153,7 @@ def params(
                 raise UsageError(name, value, "must be at least 1; or take the shape from --base")
         if hidden % heads or (query_groups is not None and (query_groups < 1 or heads % query_groups)):
             raise UsageError("heads", heads, f"must divide hidden ({hidden}) and be a multiple of query groups")
-        model = OmegaConf.create(
+        model = ModelConfig(
             {
                 "num_layers": layers,
                 "hidden_size": hidden,
@@ -181,10 +181,8 @@ def inspect(
     """Describe a saved adapter: method, targets, rank, counts, seed, and the base it was trained on."""
     from dataclasses import asdict
 
-    from omegaconf import OmegaConf
-
     from nemo_tiedlora.checkpoint.saved import saved_config
-    from nemo_tiedlora.job.inputs import STOCK_SCHEMES
+    from nemo_tiedlora.model.config import STOCK_SCHEMES
     from nemo_tiedlora.model.sizes import sizes
     from nemo_tiedlora.model.targets import SHAPE_FIELDS
     from nemo_tiedlora.variants import METHODS, config_for
@@ -193,8 +191,7 @@ def inspect(
     scheme = (saved.get("peft") or {}).get("peft_scheme")
     if scheme in (None, "none"):
         raise UsageError("adapter", str(adapter), "a whole model, not an adapter")
-    section = saved.peft.get(f"{scheme}_tuning" if scheme in METHODS else STOCK_SCHEMES.get(scheme, ""))
-    settings = OmegaConf.to_container(section) if section else {}
+    settings = saved["peft"].get(f"{scheme}_tuning" if scheme in METHODS else STOCK_SCHEMES.get(scheme, "")) or {}
     facts = {"scheme": scheme, **settings}
     if scheme in METHODS:
         facts |= asdict(sizes(config_for(scheme, settings), saved))
@@ -428,18 +425,22 @@ def table(as_json: AsJson = False) -> None:
 
 
 def _settings(given: list[str]) -> dict:
-    """``name=value`` as YAML would read them."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    """``name=value`` as YAML would read them; ``section.name=value`` for one in a section."""
+    from nemo_tiedlora.model.data import load, over, yaml_reader
 
+    found: dict = {}
     for setting in given:
-        if "=" not in setting:
+        name, equals, text = setting.partition("=")
+        if not equals:
             raise UsageError("set", setting, "write name=value, such as inner=vera")
-    try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist(given))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UsageError("set", given, f"not readable as YAML ({type(error).__name__})") from None
+        try:
+            value = load(text)
+        except (yaml_reader().YAMLError, ValueError) as error:
+            raise UsageError("set", setting, f"not readable as YAML ({type(error).__name__})") from None
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        found = over(found, value)
+    return found
 
 
 def _lists(text: str) -> list:

@@ -1,20 +1,22 @@
 """What the commands show: facts on standard output, progress on standard error."""
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Annotated, TypeVar
-
-import typer
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.extras import lacking
 from nemo_tiedlora.ranks import is_first_rank
+
+if TYPE_CHECKING:
+    import typer
 
 #: What a base can be given as, besides a name.
 BASES = "a .nemo, a Hugging Face model's folder or a GGUF file"
-BaseName = Annotated[str, typer.Option(help=f"Base model: {BASES}, or smollm2, or builtin.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Item = TypeVar("Item")
 
 
@@ -30,9 +32,12 @@ def show(facts: dict, as_json: bool) -> None:
 
 
 def progress(items: Iterable[Item], task: str, total: int) -> Iterable[Item]:
-    """``items``, with a bar while they are gone through; no bar where nobody looks."""
-    from rich.console import Console
-    from rich.progress import track
+    """``items``, with a bar while they are gone through; no bar where nobody looks, or without rich."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        return items
 
     console = Console(stderr=True)
     return track(items, task, total=total, console=console, disable=not console.is_terminal)
@@ -59,5 +64,14 @@ def run(
     try:
         app(take(sys.argv[1:]), prog_name=name)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+    except ModuleNotFoundError as error:
+        if not (known := lacking(error)):
+            raise
+        refuse(known)
+
+
+def refuse(error: UsageError) -> NoReturn:
+    """End a command with what is wrong."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

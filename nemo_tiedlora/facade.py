@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_tiedlora import __version__
-    from nemo_tiedlora.console import AsJson, BaseName, show
     from nemo_tiedlora.console import run as run_command
+    from nemo_tiedlora.console import show
     from nemo_tiedlora.embedded.tasks import TASKS as BUILTIN_TASKS
     from nemo_tiedlora.embedded.tasks import rows as builtin_rows
     from nemo_tiedlora.errors import UsageError, check_choice, closest
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nemo_tiedlora.job.workbench import Job, Workbench, workbench
     from nemo_tiedlora.model.config import nemo_config
     from nemo_tiedlora.model.sizes import check_fit, lora_size, sizes
+    from nemo_tiedlora.options import AsJson, BaseName
     from nemo_tiedlora.own_methods import EPILOG
     from nemo_tiedlora.own_methods import take as take_methods
     from nemo_tiedlora.platform.threads import use_one_thread, wait_passively
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 
 #: Where each name lives, and what it is called there.
 _HOMES: dict[str, tuple[str, str]] = {
-    "AsJson": ("nemo_tiedlora.console", "AsJson"),
+    "AsJson": ("nemo_tiedlora.options", "AsJson"),
     "BUILTIN": ("nemo_tiedlora.huggingface.bases", "BUILTIN"),
     "BUILTIN_TASKS": ("nemo_tiedlora.embedded.tasks", "TASKS"),
-    "BaseName": ("nemo_tiedlora.console", "BaseName"),
+    "BaseName": ("nemo_tiedlora.options", "BaseName"),
     "EPILOG": ("nemo_tiedlora.own_methods", "EPILOG"),
     "Job": ("nemo_tiedlora.job.workbench", "Job"),
     "METHODS": ("nemo_tiedlora.variants", "METHODS"),

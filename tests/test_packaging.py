@@ -15,7 +15,10 @@ import forked
 import pytest
 import toy
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from nemo_tiedlora.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 #: Folders that are installed, by where they come to lie.
@@ -84,7 +87,11 @@ def test_every_file_of_the_checkout_is_in_the_archive_and_is_installed(site):
 def test_what_is_imported_is_required_and_the_tested_versions_fit(site):
     (metadata,) = site.glob("*.dist-info/METADATA")
     required = [Requirement(line) for line in Parser().parsestr(metadata.read_text()).get_all("Requires-Dist")]
-    ranges = {canonicalize_name(each.name): each.specifier for each in required if '"test"' not in str(each.marker)}
+    ranges = {}
+    for each in required:
+        if '"test"' not in str(each.marker):
+            name = canonicalize_name(each.name)
+            ranges[name] = ranges.get(name, SpecifierSet()) & each.specifier
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
     for name, allowed in ranges.items():
         assert pins[name] in allowed, name
@@ -95,6 +102,18 @@ def test_what_is_imported_is_required_and_the_tested_versions_fit(site):
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - set(INSTALLED):
                 assert ranges.keys() & {canonicalize_name(home) for home in homes[name]}, f"{path} imports {name}"
+
+
+def test_extras_have_what_is_said_to_come_with_them(site):
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    required = [Requirement(line) for line in Parser().parsestr(metadata.read_text()).get_all("Requires-Dist")]
+    core = {each.name for each in required if not each.marker}
+    assert core == {"torch", "safetensors", "numpy"}
+    homes = packages_distributions()
+    for extra, modules in EXTRAS.items():
+        own = {canonicalize_name(each.name) for each in required if f'extra == "{extra}"' in str(each.marker)}
+        for module in modules:
+            assert own & {canonicalize_name(home) for home in homes[module]}, f"{extra} has no {module}"
 
 
 def tiedlora(site, folder, *arguments):

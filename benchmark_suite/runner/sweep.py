@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,7 +53,7 @@ def matrix(
     return cells
 
 
-def _check_fit(variant: VariantSpec, rank: int | None, model: DictConfig) -> None:
+def _check_fit(variant: VariantSpec, rank: int | None, model: Any) -> None:
     if variant.scheme in METHODS:
         try:
             check_fit(config_for(variant.scheme, variant.settings_at(rank)), model)

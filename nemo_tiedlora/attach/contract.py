@@ -130,12 +130,13 @@ class Contract:
         group["lr"] = scheduled * group["lr_ratio"]
 
     def _hold(self, group: dict[str, Any]) -> None:
-        """Without a gradient no optimizer touches a tensor or its state, but some count steps per group."""
+        """Without a gradient no optimizer touches a tensor or its state, but some count steps per group, if only from
+        their first one on."""
         for tensor in group["params"]:
             self._put_back.append(partial(setattr, tensor, "grad", tensor.grad))
             tensor.grad = None
-        if "step" in group:
-            self._put_back.append(partial(group.update, step=group["step"]))
+        before = group.get("step", 0)
+        self._put_back.append(lambda: group.update(step=before) if "step" in group else None)
 
     def _after(self, optimizer: Optimizer, args, kwargs) -> None:
         for put_back in self._put_back:

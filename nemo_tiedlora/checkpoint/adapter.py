@@ -6,11 +6,11 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import MOST_LAYERS, MOST_SIZE
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.sizes import sites
 from nemo_tiedlora.model.targets import KINDS, OPTIONAL_FIELDS, SHAPE_FIELDS, where
 from nemo_tiedlora.variants import METHODS, Site, TensorSpec, Variant, VariantConfig, build, config_for
@@ -49,7 +49,7 @@ class Base:
     checksums: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: DictConfig, checksums: Mapping[str, str] | None = None) -> "Base":
+    def of(cls, model: ModelConfig, checksums: Mapping[str, str] | None = None) -> "Base":
         """From a NeMo GPT's model config."""
         shape = {name: model.get(name) for name in (*SHAPE_FIELDS, "activation")}
         return cls(_said(shape), dict(checksums or {}))
@@ -94,9 +94,9 @@ class Blueprint:
         return METHODS.of(self.scheme, "method").version
 
     @cached_property
-    def shape(self) -> DictConfig:
+    def shape(self) -> ModelConfig:
         """The base's shape, as the fields of a NeMo model config."""
-        return OmegaConf.create(self.base.shape)
+        return ModelConfig(self.base.shape)
 
     @cached_property
     def variant(self) -> Variant:
@@ -125,12 +125,10 @@ class Blueprint:
         """The adapted kinds of linear layer, by path below a transformer layer, sorted."""
         return paths_of(self.config, self.shape)
 
-    def put_into(self, model: DictConfig) -> DictConfig:
-        """Its settings in a copy of a model's config, under ``peft``, where NeMo looks for them."""
-        peft = {"peft_scheme": self.scheme, f"{self.scheme}_tuning": self.settings}
-        found = OmegaConf.merge(model, {"peft": peft})
-        assert isinstance(found, DictConfig)  # as the first of what is merged
-        return found
+    @property
+    def peft(self) -> dict[str, Any]:
+        """Its settings as NeMo looks for them, under ``peft`` in a model's config."""
+        return {"peft_scheme": self.scheme, f"{self.scheme}_tuning": self.settings}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -201,7 +199,7 @@ def specs_of(variant: Variant, adapted: list[Site]) -> dict[str, tuple[TensorSpe
     return found
 
 
-def paths_of(config: VariantConfig, model: DictConfig) -> list[str]:
+def paths_of(config: VariantConfig, model: ModelConfig) -> list[str]:
     """The kinds of linear layer that a config adapts in a model, by path below a transformer layer, sorted."""
     return sorted({where(site.target).path for site in sites(config, model)})
 

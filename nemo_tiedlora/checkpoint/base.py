@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -32,6 +31,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
 from nemo_tiedlora.model.archive import Appended, Archive, entry, growing, opened
 from nemo_tiedlora.model.config import MODEL_CONFIG, config_as_it_is, read_model_config
+from nemo_tiedlora.model.data import ModelConfig, dump
 from nemo_tiedlora.model.targets import EXPERT, TARGETS, shape, whole
 
 FOLDER = "model_weights/"
@@ -103,7 +103,7 @@ class BaseFile(ABC):
 
     def __init__(self, archive: Archive):
         self.archive = archive
-        self.config: DictConfig = read_model_config(archive, whole=True)
+        self.config: ModelConfig = read_model_config(archive, whole=True)
 
     def _check_shapes(self) -> None:
         """Its weights, (out, in) by path and layer, are those of a model of the sizes that its config says."""
@@ -154,7 +154,7 @@ class BaseFile(ABC):
     def _write_weights(self, tar: tarfile.TarFile, paths: list[str], change: Change) -> set[str]:
         """Write the weights into ``tar``; return the names of the members that are done with."""
 
-    def write(self, out: Path, config: DictConfig, paths: list[str], change: Change) -> None:
+    def write(self, out: Path, config: Mapping[str, Any], paths: list[str], change: Change) -> None:
         """Write a copy of the base with other weights in its linear layers.
 
         Args:
@@ -162,7 +162,7 @@ class BaseFile(ABC):
             paths: the kinds of linear layer that ``change`` is called for.
             change: must give a weight of the same shape and dtype; may be called several times for one layer.
         """
-        text = OmegaConf.to_yaml(config).encode()
+        text = dump(config).encode()
         with replacing(out) as unfinished, tarfile.open(unfinished, "w", format=tarfile.GNU_FORMAT) as tar:
             tar.addfile(entry(MODEL_CONFIG, len(text)), io.BytesIO(text))
             done = {MODEL_CONFIG} | self._write_weights(tar, paths, change)
@@ -399,7 +399,7 @@ def open_base(path: Path, field: str = "base", scratch: Path | None = None) -> I
         yield base
 
 
-def check_base(path: Path, field: str) -> DictConfig:
+def check_base(path: Path, field: str) -> ModelConfig:
     """The config of the base at ``path``, once NeMo can read all of it without running anything that is in it.
 
     Raises:

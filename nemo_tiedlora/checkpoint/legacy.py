@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_tiedlora.checkpoint import pickles
@@ -19,6 +18,7 @@ from nemo_tiedlora.checkpoint.store import CONFIG
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.archive import Archive, opened
 from nemo_tiedlora.model.config import read_model_config
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.targets import TARGETS, blocks, expand
 from nemo_tiedlora.variants import METHODS, build, config_for
 
@@ -56,23 +56,23 @@ def convert(path: Path, field: str = "adapter") -> Adapter:
             raise archive.error(f"its settings or tensors do not fit each other ({type(error).__name__})") from None
 
 
-def _converted(saved: DictConfig, lora: DictConfig, archive: Archive) -> Adapter:
+def _converted(saved: ModelConfig, lora: dict[str, Any], archive: Archive) -> Adapter:
     if lora.get("variant", "nemo") != "nemo":
-        raise archive.error(f"of LoRA's variant {lora.variant}, which has other matrices; only nemo has ours")
+        raise archive.error(f"of LoRA's variant {lora['variant']}, which has other matrices; only nemo has ours")
     settings = {
         "preset": "LoRA",
-        "rank": lora.adapter_dim,
-        "alpha": float(lora.get("alpha") or lora.adapter_dim),
+        "rank": lora["adapter_dim"],
+        "alpha": float(lora.get("alpha") or lora["adapter_dim"]),
         "dropout": lora.get("adapter_dropout") or 0.0,
         "target_modules": expand(list(lora.get("target_modules") or ["attention_qkv"])),
-        "layer_selection": lora.get("layer_selection") and list(lora.layer_selection),
+        "layer_selection": lora.get("layer_selection") and list(lora["layer_selection"]),
     }
     config = config_for("tied_lora", settings)
     settings = settings_of(config, build(config, saved.num_layers), {})
     return Adapter("tied_lora", settings, Base.of(saved), _whole(_load(archive), saved, archive))
 
 
-def open_adapter(path: Path, field: str = "adapter") -> tuple[DictConfig, dict[tuple[int, int], dict[str, Tensor]]]:
+def open_adapter(path: Path, field: str = "adapter") -> tuple[ModelConfig, dict[tuple[int, int], dict[str, Tensor]]]:
     """The config of an adapter in NeMo's form, and its tensors by name for every (pipeline rank, tensor rank).
 
     Raises:
@@ -115,7 +115,7 @@ def _check_state(state: Any) -> None:
             raise pickles.Refused(f"{key} has NaN or infinity in it")
 
 
-def _whole(states: dict[tuple[int, int], dict[str, Tensor]], saved: DictConfig, archive: Archive) -> dict[str, Tensor]:
+def _whole(states: dict[tuple[int, int], dict[str, Tensor]], saved: ModelConfig, archive: Archive) -> dict[str, Tensor]:
     stages, ranks = (1 + max(numbers) for numbers in zip(*states, strict=True))
     for stage in range(stages):
         for rank in range(ranks):
@@ -137,7 +137,7 @@ def _whole(states: dict[tuple[int, int], dict[str, Tensor]], saved: DictConfig, 
     return tensors
 
 
-def _join(parts: list[Tensor], target: str, part: str, saved: DictConfig) -> Tensor:
+def _join(parts: list[Tensor], target: str, part: str, saved: ModelConfig) -> Tensor:
     if part == "A":
         return torch.cat(parts, 1 if TARGETS[target].parallel == "row" else 0)
     count = blocks(target, saved)

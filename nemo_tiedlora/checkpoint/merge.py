@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import open_dict
 from torch import Tensor
 
 from nemo_tiedlora.checkpoint.adapter import Adapter
 from nemo_tiedlora.checkpoint.base import BaseFile, open_base
 from nemo_tiedlora.checkpoint.store import read_with_sha256
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.model.config import check_shape, not_of_nemos, plain
+from nemo_tiedlora.model.config import check_shape, not_of_nemos
 from nemo_tiedlora.model.targets import KINDS, rows, where
 from nemo_tiedlora.variants import Factors, FrozenWeight, Site, merged
 
@@ -140,8 +139,7 @@ def merge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[str
 
         config = source.config.copy()
         record = {"sha256": sha256, "base_checksums": found}
-        with open_dict(config):
-            config[RECORD] = [*(config.get(RECORD) or []), record]
+        config[RECORD] = [*(config.get(RECORD) or []), record]
         source.write(out, config, loaded.paths, change)
     return {
         "file": str(out),
@@ -174,17 +172,16 @@ def unmerge(base: Path, adapter: Path, out: Path, force: bool = False) -> dict[s
     changes = Changes(loaded)
     with open_base(base, "base", _folder(out)) as source:
         check_shape(loaded.shape, source.config, "adapter", adapter)
-        records = plain(source.config).get(RECORD) or []
+        records = source.config.get(RECORD) or []
         record = records[-1] if records else {}
         if record.get("sha256") != sha256 and not force:
             way_out = "another adapter was merged last" if records else "no adapter was merged into it"
             raise UsageError("base", str(base), f"{way_out}; use --force to subtract this one all the same")
         config = source.config.copy()
-        with open_dict(config):
-            if record.get("sha256") == sha256:
-                config[RECORD] = records[:-1]
-            if not config.get(RECORD):
-                config.pop(RECORD, None)
+        if record.get("sha256") == sha256:
+            config[RECORD] = records[:-1]
+        if not config.get(RECORD):
+            config.pop(RECORD, None)
         source.write(out, config, loaded.paths, changes.undo)
     with open_base(out, "out", _folder(out)) as written:
         exact = written.checksums(loaded.paths) == record.get("base_checksums") if record else None

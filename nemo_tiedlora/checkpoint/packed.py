@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as listing
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from nemo_tiedlora.checkpoint.base import FOLDER, METADATA
 from nemo_tiedlora.model.archive import Appended, entry, growing
 from nemo_tiedlora.model.config import MODEL_CONFIG
+from nemo_tiedlora.model.data import dump
 
 #: The file that has the tensors.
 PIECES = "__0_0.distcp"
@@ -50,7 +50,7 @@ def pack(tar: tarfile.TarFile, config: dict[str, Any], files: dict[str, bytes], 
         config: its ``model_config.yaml``. files: what else is in it, by name.
         pieces: every tensor of the model, each once.
     """
-    for name, content in {MODEL_CONFIG: OmegaConf.to_yaml(config).encode(), **files}.items():
+    for name, content in {MODEL_CONFIG: dump(config).encode(), **files}.items():
         _add(tar, name, content)
     _add(tar, f"{FOLDER}metadata.json", json.dumps(BACKENDS).encode())
     common = io.BytesIO()

@@ -13,14 +13,12 @@ import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
-from omegaconf.base import ContainerMetadata, Metadata
-from omegaconf.dictconfig import DictConfig
-from omegaconf.listconfig import ListConfig
-from omegaconf.nodes import AnyNode, BooleanNode, FloatNode, IntegerNode, StringNode
 
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import sha256_of
@@ -28,24 +26,24 @@ from nemo_tiedlora.files import sha256_of
 #: torch's own function: the host replaces ``torch.load``.
 torch_load = torch.load
 
-#: What a torch file may name beside tensors: containers and the configs that NeMo keeps in its checkpoints.
-CONFIGS = (
-    DictConfig,
-    ListConfig,
-    AnyNode,
-    BooleanNode,
-    FloatNode,
-    IntegerNode,
-    StringNode,
-    ContainerMetadata,
-    Metadata,
-)
-SAFE = (*CONFIGS, OrderedDict, defaultdict, io.BytesIO, dict, list, int, (Any, "typing.Any"))
+#: What a torch file may name beside tensors and configs.
+SAFE = (OrderedDict, defaultdict, io.BytesIO, dict, list, int, (Any, "typing.Any"))
 #: What reading a damaged file ends in.
 DAMAGED = (
     RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError, MemoryError,
     RecursionError, AssertionError, NotImplementedError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
+
+
+@cache
+def _configs() -> tuple[type, ...]:
+    """What the configs that NeMo keeps in its checkpoints are made of; nothing where there is no NeMo."""
+    if not find_spec("omegaconf"):
+        return ()
+    from omegaconf import base, dictconfig, listconfig, nodes
+
+    values = (nodes.AnyNode, nodes.BooleanNode, nodes.FloatNode, nodes.IntegerNode, nodes.StringNode)
+    return (dictconfig.DictConfig, listconfig.ListConfig, *values, base.ContainerMetadata, base.Metadata)
 
 
 class Refused(ValueError):
@@ -67,7 +65,7 @@ def load(
     try:
         if not (old and isinstance(file, io.BytesIO) and file.getbuffer()[:2] != b"PK"):
             _check_zip(file, intact)
-        with torch.serialization.safe_globals(list(SAFE)), warnings.catch_warnings(action="ignore"):
+        with torch.serialization.safe_globals([*SAFE, *_configs()]), warnings.catch_warnings(action="ignore"):
             return torch_load(file, map_location=map_location, weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
         raise Refused(_why(error)) from None

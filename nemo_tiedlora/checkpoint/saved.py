@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.pickles import is_trusted, with_digest
 from nemo_tiedlora.checkpoint.store import is_canonical, read
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import check_shape, config_as_it_is, parse
+from nemo_tiedlora.model.data import ModelConfig, over
 
 
-def saved_config(path: str | Path, field: str) -> DictConfig:
+def saved_config(path: str | Path, field: str) -> ModelConfig:
     """The model config saved with an adapter, in the canonical form or in NeMo's; all of the adapter is checked."""
     path = Path(path)
     if not is_canonical(path, field):
@@ -22,12 +21,11 @@ def saved_config(path: str | Path, field: str) -> DictConfig:
         except UsageError as error:
             raise with_digest(error, path) from None
     adapter = read(path, field)
-    own = parse(adapter.model_config.encode()) if adapter.model_config else DictConfig({"mcore_gpt": True})
-    own.merge_with(adapter.base.shape)
-    return adapter.put_into(own)
+    own = parse(adapter.model_config.encode()) if adapter.model_config else {"mcore_gpt": True}
+    return over(own, {**adapter.base.shape, "peft": adapter.peft})
 
 
-def check_adapter(path: str | Path, base: DictConfig, field: str, scheme: str | None = None) -> DictConfig:
+def check_adapter(path: str | Path, base: ModelConfig, field: str, scheme: str | None = None) -> ModelConfig:
     """The config saved with an adapter, once it is known to fit ``base`` (and ``scheme``, if given)."""
     saved = saved_config(path, field)
     trained = (saved.get("peft") or {}).get("peft_scheme")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from nemo_tiedlora.checkpoint.base import BaseFile
 from nemo_tiedlora.checkpoint.legacy import ADAPTERS
@@ -16,6 +15,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import replacing
 from nemo_tiedlora.model.archive import entry
 from nemo_tiedlora.model.config import MODEL_CONFIG
+from nemo_tiedlora.model.data import dump, over
 from nemo_tiedlora.model.targets import TARGETS, places
 
 WEIGHTS = "model_weights.ckpt"
@@ -75,7 +75,7 @@ def _write(
     }
     own = {"restore_from_path": str(base.archive.path), "peft": {"peft_scheme": "lora", "lora_tuning": settings}}
     one_rank = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    config = OmegaConf.to_yaml(OmegaConf.merge(base.config, own, one_rank)).encode()
+    config = dump(over(base.config, own) | one_rank).encode()
     weights = io.BytesIO()
     torch.save(state, weights)
     with replacing(out) as unfinished, tarfile.open(unfinished, "w", format=tarfile.GNU_FORMAT) as tar:

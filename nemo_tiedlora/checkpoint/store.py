@@ -16,7 +16,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -27,6 +26,7 @@ from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import move, replacing, write_bytes
 from nemo_tiedlora.model.archive import entry, opened
 from nemo_tiedlora.model.config import MODEL_CONFIG, check, parse
+from nemo_tiedlora.model.data import dump
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -244,4 +244,4 @@ def _blaming(path: Path, field: str) -> Iterator[None]:
 
 def _minimal_model_config(adapter: Adapter) -> str:
     """What NeMo needs to know which adapter it is, where there is no training model's config."""
-    return OmegaConf.to_yaml(adapter.put_into(OmegaConf.create({"mcore_gpt": True, **adapter.base.shape})))
+    return dump({"mcore_gpt": True, **adapter.base.shape, "peft": adapter.peft})

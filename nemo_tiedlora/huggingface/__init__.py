@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_tiedlora.huggingface.attached import attach as attach
     from nemo_tiedlora.huggingface.attached import load as load
+    from nemo_tiedlora.huggingface.pretrained import folder_of as folder_of
 
 
 def __getattr__(name: str) -> Any:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> Any:
         from nemo_tiedlora.huggingface import attached
 
         return getattr(attached, name)
+    if name == "folder_of":
+        from nemo_tiedlora.huggingface.pretrained import folder_of
+
+        return folder_of
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from nemo_tiedlora.attach import Attached, quantised
@@ -28,6 +27,7 @@ from nemo_tiedlora.huggingface.families import FAMILIES
 from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
 from nemo_tiedlora.huggingface.placing import Found, Known, again, found
 from nemo_tiedlora.model.config import check_shape
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.targets import KINDS
 from nemo_tiedlora.variants import VariantConfig, config_for, count
 
@@ -248,7 +248,7 @@ def load(model: nn.Module, path: str | Path, force: bool = False, name: str = NA
         where = found(model, config.target_modules, config, whole)
         known = where.known
         assert known is not None  # or the words were refused
-        check_shape(loaded.shape, OmegaConf.create(Base.of(known.shape).shape), "adapter", path)
+        check_shape(loaded.shape, ModelConfig(Base.of(known.shape).shape), "adapter", path)
     heads.check(model, whole, saved, folder)
     if loaded.base.checksums and not force:
         here = HeldBase(model, known).checksums(loaded.paths) if known else checksums_of(where.places)

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
 from nemo_tiedlora.console import BASES
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.errors import UsageError, closest
@@ -14,6 +12,7 @@ from nemo_tiedlora.huggingface.smollm2 import NAME as SMOLLM2
 from nemo_tiedlora.huggingface.smollm2 import smollm2
 from nemo_tiedlora.huggingface.taken_over import base_of, is_model, model_at
 from nemo_tiedlora.model.config import nemo_config
+from nemo_tiedlora.model.data import ModelConfig
 
 BUILTIN = "builtin"
 #: Bases that are called by a name, which no file or folder can take: write ``./smollm2`` for one.
@@ -28,12 +27,12 @@ class Found(NamedTuple):
         file: makes its ``.nemo`` where it is none yet, and gives its path.
     """
 
-    config: DictConfig
+    config: ModelConfig
     file: Callable[[], Path]
 
 
 def find(
-    named: str | Path, field: str = "base", config_of: Callable[[str | Path, str], DictConfig] = nemo_config
+    named: str | Path, field: str = "base", config_of: Callable[[str | Path, str], ModelConfig] = nemo_config
 ) -> Found:
     """The base that a user has named.
 
@@ -46,7 +45,7 @@ def find(
         UsageError: there is none of that name, or it is damaged, or of a kind that cannot be taken over.
     """
     if named == BUILTIN:
-        return Found(OmegaConf.create(embedded_base.MODEL), embedded_base.base)
+        return Found(ModelConfig(embedded_base.MODEL), embedded_base.base)
     path = Path(named)
     if named == SMOLLM2:
         try:
@@ -60,7 +59,7 @@ def find(
             reason = error.way_out if error.field == "model" else str(error)
             value = error.value if error.field == "model" else str(named)
             raise UsageError(field, value, reason) from None
-        return Found(OmegaConf.create(model.config), lambda: base_of(model))
+        return Found(ModelConfig(model.config), lambda: base_of(model))
     elif not path.exists() and (path.name != str(named) or path.suffix):
         raise UsageError(field, str(path), "no such file")
     elif not path.exists():
@@ -72,4 +71,4 @@ def find(
 
 def base_at(named: str | Path, field: str = "base") -> Path:
     """The ``.nemo`` of the base that a user has named, for what reads and checks it itself; see ``find``."""
-    return find(named, field, lambda *_: DictConfig({})).file()
+    return find(named, field, lambda *_: ModelConfig()).file()

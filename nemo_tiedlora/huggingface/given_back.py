@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from nemo_tiedlora.checkpoint.base import BaseFile, Place, Saved, open_base
 from nemo_tiedlora.checkpoint.store import is_canonical
@@ -23,13 +22,14 @@ from nemo_tiedlora.huggingface.tokens import tokenizer_files
 from nemo_tiedlora.huggingface.weights import DTYPES, SINGLE
 from nemo_tiedlora.model import tokenizer
 from nemo_tiedlora.model.config import MODEL_CONFIG, check_base_config
+from nemo_tiedlora.model.data import ModelConfig
 
 #: Has as many rows as the base's vocabulary.
 WORDS = "embedding.word_embeddings.weight"
 TYPES = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
 
 
-def hf_config(config: DictConfig) -> dict[str, Any]:
+def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The content of ``config.json`` for a base.
 
     Of one that was made of a transformers model it is that model's own. Of any other it follows from the fields; the
@@ -44,7 +44,7 @@ def hf_config(config: DictConfig) -> dict[str, Any]:
     check_base_config(config)
     recorded = read_record(config).get(CONFIG)
     content = recorded or _derived(config)
-    own = meaning(OmegaConf.create(model_config(content)))
+    own = meaning(ModelConfig(model_config(content)))
     for name, value in meaning(config).items():
         if value != own[name]:
             why = "no family of transformers computes that; the nearest has"
@@ -54,7 +54,7 @@ def hf_config(config: DictConfig) -> dict[str, Any]:
     return content
 
 
-def _derived(config: DictConfig) -> dict[str, Any]:
+def _derived(config: ModelConfig) -> dict[str, Any]:
     """The config of the model that is nearest."""
     if config.get("normalization", "layernorm") == "layernorm":
         architecture = "GPT2LMHeadModel"
@@ -99,7 +99,7 @@ def _derived(config: DictConfig) -> dict[str, Any]:
     } | ({"hidden_activation": act} if act == TANH else {})  # fmt: skip
 
 
-def _scaling(config: DictConfig) -> dict[str, Any] | None:
+def _scaling(config: ModelConfig) -> dict[str, Any] | None:
     if config.get("scale_positional_embedding"):
         return {
             "rope_type": "llama3",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from nemo_tiedlora.huggingface.families import TANH
+from nemo_tiedlora.model.data import ModelConfig
 
 #: Fields that decide what is computed, and what NeMo takes where a config says nothing.
 FIELDS: dict[str, Any] = {
@@ -22,11 +21,9 @@ LLAMA3 = {"scale_factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "old_c
 FUNCTIONS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
 
 
-def meaning(config: DictConfig) -> dict[str, Any]:
+def meaning(config: ModelConfig) -> dict[str, Any]:
     """By field, the value that counts."""
-    given = OmegaConf.to_container(config)
-    assert isinstance(given, dict)
-    said = {name: value for name, value in given.items() if value is not None}
+    said = {name: value for name, value in config.items() if value is not None}
     found = {name: said.get(name, default) for name, default in FIELDS.items()}
     if found["name"] == "te_gpt":  # what NeMo takes for none
         found["name"] = ""

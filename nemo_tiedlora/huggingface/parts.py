@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from omegaconf import DictConfig
-
 from nemo_tiedlora.huggingface.modules import Modules
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.targets import TARGETS, rows, shape, whole
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Part(NamedTuple):
     sources: tuple[Source, ...]
 
 
-def parts(modules: Modules, model: DictConfig, vocabulary: int, words: int) -> Iterator[Part]:
+def parts(modules: Modules, model: ModelConfig, vocabulary: int, words: int) -> Iterator[Part]:
     """All tensors of a base.
 
     Args:
@@ -101,7 +100,7 @@ def parts(modules: Modules, model: DictConfig, vocabulary: int, words: int) -> I
         yield embedding("output_layer.weight", "lm_head.weight")
 
 
-def fill(made: Tensor, source: Source, tensor: Tensor, model: DictConfig) -> None:
+def fill(made: Tensor, source: Source, tensor: Tensor, model: ModelConfig) -> None:
     """Put a transformers model's tensor into the base's."""
     tensor = tensor.T if source.transposed else tensor
     start = 0
@@ -114,7 +113,7 @@ def fill(made: Tensor, source: Source, tensor: Tensor, model: DictConfig) -> Non
         made[: len(tensor)] = tensor
 
 
-def taken(tensor: Tensor, source: Source, model: DictConfig) -> Tensor:
+def taken(tensor: Tensor, source: Source, model: ModelConfig) -> Tensor:
     """A transformers model's tensor out of the base's."""
     import torch
 
@@ -132,5 +131,5 @@ def taken(tensor: Tensor, source: Source, model: DictConfig) -> Tensor:
     return made
 
 
-def _height(targets: tuple[str, ...], model: DictConfig) -> int:
+def _height(targets: tuple[str, ...], model: ModelConfig) -> int:
     return sum(shape(target, model)[1] for target in targets)

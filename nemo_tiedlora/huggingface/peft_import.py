@@ -15,11 +15,11 @@ from nemo_tiedlora.huggingface.peft_lora import CONFIG, PREFIX, WEIGHTS
 from nemo_tiedlora.model.targets import TARGETS, order, shape, whole
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
     from torch import Tensor
 
     from nemo_tiedlora.checkpoint import Adapter
     from nemo_tiedlora.checkpoint.base import BaseFile
+    from nemo_tiedlora.model.data import ModelConfig
 
 #: What there is of a module, by PEFT's kind of adapter.
 PARTS = {
@@ -175,7 +175,7 @@ class _Import:
 
         scheme = "vera" if self.kind == "VERA" else "tied_lora"
         tensors = self._vera() if self.kind == "VERA" else self._lora()
-        model: DictConfig = self.base.config
+        model: ModelConfig = self.base.config
         some = [layer + 1 for layer in self.layers] if len(self.layers) < model.num_layers else None
         settings = self._settings() | {"target_modules": list(dict.fromkeys(key.split(".")[0] for key in tensors))}
         config = config_for(scheme, settings | {"layer_selection": some})

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
 from nemo_tiedlora.attach.placed import Place, Span, sizes
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.huggingface.families import FAMILIES, model_config
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.targets import NAMES, TARGETS, expand, places, shape, whole
 from nemo_tiedlora.variants import Site, VariantConfig
 
@@ -31,7 +30,7 @@ class Known(NamedTuple):
     """
 
     modules: Modules
-    shape: DictConfig
+    shape: ModelConfig
 
 
 class Found(NamedTuple):
@@ -58,7 +57,7 @@ def known(model: nn.Module) -> Known | None:
     if name not in FAMILIES or not type(model).__module__.startswith("transformers."):
         return None
     found = model_config({**model.config.to_dict(), "architectures": [name]})  # type: ignore[operator, union-attr]
-    return Known(FAMILIES[name].modules, OmegaConf.create(found))
+    return Known(FAMILIES[name].modules, ModelConfig(found))
 
 
 def found(model: nn.Module, targets: Sequence[str] | str, config: VariantConfig, whole: Sequence[str] = ()) -> Found:

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.huggingface.families import CONFIG, read_config
+from nemo_tiedlora.model.data import ModelConfig
 
 #: Under this name a base's ``model_config.yaml`` has them, as JSON by file: text, in which nothing can be called.
 RECORD = "huggingface"
@@ -42,7 +41,7 @@ def _text(content: dict[str, Any]) -> str:
     return json.dumps(content).replace("${", "\\u0024{")
 
 
-def read_record(model: DictConfig) -> dict[str, dict[str, Any]]:
+def read_record(model: ModelConfig) -> dict[str, dict[str, Any]]:
     """The files that a base's config has the content of, by name; none, if it was made elsewhere.
 
     Raises:
@@ -51,7 +50,7 @@ def read_record(model: DictConfig) -> dict[str, dict[str, Any]]:
     kept = model.get(RECORD) or {}
     files: dict[str, Any] = {RECORD: None}
     try:
-        if isinstance(kept, dict | DictConfig):
+        if isinstance(kept, dict):
             files = {name: json.loads(kept[name]) for name in (CONFIG, GENERATION) if name in kept}
     except (ValueError, TypeError, RecursionError):
         pass

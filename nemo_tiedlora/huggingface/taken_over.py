@@ -13,8 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from nemo_tiedlora.console import note, progress
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.files import cache_folder, content_of, replacing
@@ -24,6 +22,7 @@ from nemo_tiedlora.huggingface.parts import Part, fill, parts
 from nemo_tiedlora.huggingface.record import RECORD, recorded
 from nemo_tiedlora.huggingface.weights import DTYPES, Weights
 from nemo_tiedlora.model import tokenizer
+from nemo_tiedlora.model.data import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +65,7 @@ class Model:
             raise UsageError("vocab_size", self.vocabulary, f"in {CONFIG}; must be a whole number above 0")
         self.rows = math.ceil(self.vocabulary / vocabulary_divisible_by) * vocabulary_divisible_by
         self.weights = self._open_weights()
-        self.shape = OmegaConf.create(self.config)
+        self.shape = ModelConfig(self.config)
         self.parts = list(parts(self.family.modules, self.shape, self.vocabulary, self.rows))
         self._check_weights()
         self.config[RECORD] = recorded(folder, config)

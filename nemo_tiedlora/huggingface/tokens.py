@@ -44,7 +44,7 @@ def tokenizer_files(base: BaseFile) -> tuple[dict[str, bytes], dict[str, Any]]:
             note(f"transformers' own tokenizers cannot do what the one in {base.archive.path} does; the folder gets it "
                  f"as {sentencepieces.MODEL}, which the sentencepiece package reads")  # fmt: skip
             return {sentencepieces.MODEL: model}, kept
-    except UsageError:
+    except (UsageError, ModuleNotFoundError):
         raise
     except Exception as error:  # tokenizers has no class of its own for what it refuses
         raise base.archive.error(f"its tokenizer cannot be loaded ({type(error).__name__}: {error})") from None

@@ -25,6 +25,7 @@ from nemo_tiedlora.job.inputs import check, check_scheme, scheme_of, under, with
 from nemo_tiedlora.job.lock import hold
 from nemo_tiedlora.job.record import Record
 from nemo_tiedlora.job.settings import check_outline, check_settings
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.sizes import lora_size, sizes
 from nemo_tiedlora.nemo.rows import chat_form, first_row
 from nemo_tiedlora.platform.quiet import quiet
@@ -90,7 +91,7 @@ def finetune(cfg: DictConfig) -> Path:
         return _run(cfg, method, base, as_asked, results, record, changed)
 
 
-def checked(cfg: DictConfig, base: DictConfig) -> VariantConfig | None:
+def checked(cfg: DictConfig, base: ModelConfig) -> VariantConfig | None:
     """Check all of a job's config against the model config of its base.
 
     Returns:
@@ -260,7 +261,7 @@ def _escaped(template: str) -> str:
 def _run(
     cfg: DictConfig,
     method: VariantConfig | None,
-    base: DictConfig,
+    base: ModelConfig,
     as_asked: str,
     results: TextIO,
     record: Record,

@@ -87,7 +87,7 @@ def generator(base: str | Path, adapter: Path | None = None, precision: str | in
         raise UsageError("base", str(base), "not a Megatron-core GPT (mcore_gpt is not set)")
     peft = OmegaConf.create({"peft_scheme": "none"})
     if adapter:
-        peft = check_adapter(adapter, shape, "adapter").peft
+        peft = OmegaConf.create(check_adapter(adapter, shape, "adapter")["peft"])
     with open_dict(peft):
         peft.restore_from_path = str(adapter) if adapter else None
     cfg = host_config(precision, peft=peft)

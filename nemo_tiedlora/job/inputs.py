@@ -11,25 +11,18 @@ from omegaconf import DictConfig
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError, closest
 from nemo_tiedlora.job.calibrate import Calibration, read_texts
+from nemo_tiedlora.model.config import STOCK_SCHEMES
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.sizes import check_fit
 from nemo_tiedlora.model.targets import check_outside_experts
 from nemo_tiedlora.nemo.rows import check_data
 from nemo_tiedlora.variants import METHODS, OF_YOUR_OWN, VariantConfig
 
-#: Baselines that the job runs, NeMo's own but for parallel_adapter; the key of their settings under model.peft.
-STOCK_SCHEMES = {
-    "lora": "lora_tuning",
-    "adapter": "adapter_tuning",
-    "parallel_adapter": "adapter_tuning",
-    "ia3": "ia3_tuning",
-    "ptuning": "p_tuning",
-    "none": None,
-}
-#: Those of them that change an MLP, which a base of experts does not have.
+#: Schemes of NeMo's that change an MLP, which a base of experts does not have.
 IN_THE_MLP = ("parallel_adapter", "ia3")
 
 
-def check(cfg: DictConfig, base: DictConfig, method: VariantConfig | None) -> None:
+def check(cfg: DictConfig, base: ModelConfig, method: VariantConfig | None) -> None:
     """Check a fine-tuning job's resolved config against the model config of its base.
 
     Args:
@@ -59,7 +52,7 @@ def check_scheme(scheme: str) -> None:
         raise UsageError("model.peft.peft_scheme", scheme, way_out)
 
 
-def _check_stock_on_experts(scheme: str, peft: DictConfig, base: DictConfig) -> None:
+def _check_stock_on_experts(scheme: str, peft: DictConfig, base: ModelConfig) -> None:
     """Refuse what a scheme of NeMo's cannot do on a base of experts: it would fail in the middle of NeMo."""
     if scheme in IN_THE_MLP:
         way_out = f"the base has {base.num_moe_experts} experts (num_moe_experts) instead of the MLP it changes"
@@ -69,7 +62,7 @@ def _check_stock_on_experts(scheme: str, peft: DictConfig, base: DictConfig) -> 
         check_outside_experts(targets, f"NeMo's lora does not go into the base's {base.num_moe_experts} experts")
 
 
-def check_layout(model: DictConfig, base: DictConfig) -> None:
+def check_layout(model: DictConfig, base: ModelConfig) -> None:
     """Refuse layouts that NeMo, this machine's layers or the base's shape cannot be run in."""
     interleaved = model.get("virtual_pipeline_model_parallel_size")
     if interleaved not in (None, 1):
@@ -132,7 +125,7 @@ def without_groups(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def check_method(method: VariantConfig, base: DictConfig) -> None:
+def check_method(method: VariantConfig, base: ModelConfig) -> None:
     """Check a method's settings against the base's layers."""
     for layer in method.layer_selection or ():
         if not 1 <= layer <= base.num_layers:

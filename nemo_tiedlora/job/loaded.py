@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from omegaconf import DictConfig
 
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.job.generate import generator
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.variants import METHODS, Factors, FrozenWeight, Site
 
 
@@ -19,9 +19,9 @@ class AdaptedLayer(NamedTuple):
     weight: FrozenWeight
 
 
-def check_adapted(base: DictConfig, adapter: Path, field: str) -> None:
+def check_adapted(base: ModelConfig, adapter: Path, field: str) -> None:
     """Raise ``UsageError`` unless ``adapter`` is of one of our schemes and fits a base of this config."""
-    scheme = check_adapter(adapter, base, field).peft.peft_scheme
+    scheme = check_adapter(adapter, base, field)["peft"]["peft_scheme"]
     if scheme not in METHODS:
         raise UsageError(field, str(adapter), f"of scheme {scheme}; only {', '.join(METHODS)} are sources of factors")
 

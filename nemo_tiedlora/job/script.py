@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_tiedlora import scripts
 from nemo_tiedlora.errors import RunError, UsageError, closest
+from nemo_tiedlora.extras import lacking
 from nemo_tiedlora.own_methods import take
 from nemo_tiedlora.platform.threads import wait_passively
 from nemo_tiedlora.ranks import is_first_rank
@@ -81,7 +82,12 @@ def hydra_script(config_path: Path, config_name: str) -> Callable[[Callable[["Di
                     command = scripts.command() or f"python {sys.argv[0]}"
                     print(help_text(purpose, command, config_path.resolve() / f"{config_name}.yaml"))
                     return
-                _run(job, config_path, config_name, given)
+                try:
+                    _run(job, config_path, config_name, given)
+                except ModuleNotFoundError as error:
+                    if not (known := lacking(error)):
+                        raise
+                    _exit(str(known))
 
         return main
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
+from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.targets import KINDS, kinds, shape, where
 from nemo_tiedlora.variants import Site, TiedConfig, Variant, VariantConfig, build, count
 
@@ -33,7 +32,7 @@ class Sizes:
     rank: int
 
 
-def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
+def sites(config: VariantConfig, model: ModelConfig) -> list[Site]:
     """The layers that ``config`` adapts in a model of this NeMo config; or all those that there are by kind.
 
     Raises:
@@ -49,7 +48,7 @@ def sites(config: VariantConfig, model: DictConfig) -> list[Site]:
     ]
 
 
-def check_fit(config: VariantConfig, model: DictConfig) -> Variant:
+def check_fit(config: VariantConfig, model: ModelConfig) -> Variant:
     """The method that ``config`` sets up, once it is known to fit every layer it adapts."""
     variant = build(config, model.num_layers)
     adapted = sites(config, model)
@@ -59,13 +58,13 @@ def check_fit(config: VariantConfig, model: DictConfig) -> Variant:
     return variant
 
 
-def lora_size(config: VariantConfig, model: DictConfig) -> int:
+def lora_size(config: VariantConfig, model: ModelConfig) -> int:
     """Trainable parameters of plain LoRA with the same rank, targets and layers."""
     same = {name: getattr(config, name) for name in ("rank", "target_modules", "layer_selection")}
     return count(build(TiedConfig(preset="LoRA", **same), model.num_layers), sites(config, model)).trainable
 
 
-def sizes(config: VariantConfig, model: DictConfig) -> Sizes:
+def sizes(config: VariantConfig, model: ModelConfig) -> Sizes:
     """Count an adapter's parameters without building it.
 
     Raises:

@@ -3,9 +3,8 @@
 import re
 from dataclasses import dataclass, replace
 
-from omegaconf import DictConfig
-
 from nemo_tiedlora.errors import UsageError, closest
+from nemo_tiedlora.model.data import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def expand(names: list[str]) -> list[str]:
     return targets
 
 
-def kinds(names: list[str], model: DictConfig) -> list[str]:
+def kinds(names: list[str], model: ModelConfig) -> list[str]:
     """The kinds of linear layer that ``names`` stand for in a model, each once, in the order given.
 
     They are ``expand``'s targets, but in a model of experts one in the MLP is as many kinds as there are experts, so
@@ -139,12 +138,12 @@ def check_outside_experts(names: list[str], why: str) -> None:
             raise UsageError("target_modules", name, f"{why}; use {', '.join(attention)}")
 
 
-def is_gated(model: DictConfig) -> bool:
+def is_gated(model: ModelConfig) -> bool:
     """Whether fc1 is a fused gate and up projection (SwiGLU and the like)."""
     return str(model.get("activation", "gelu")).endswith("glu")
 
 
-def blocks(kind: str, model: DictConfig) -> int:
+def blocks(kind: str, model: ModelConfig) -> int:
     """How many matrices of equal size Megatron stacks in a kind's W and shards one by one."""
     return 2 if _target(kind) == "mlp_fc1" and is_gated(model) else 1
 
@@ -154,12 +153,12 @@ def _target(kind: str) -> str:
     return inside[1] if inside else kind
 
 
-def _ffn(kind: str, model: DictConfig) -> int:
+def _ffn(kind: str, model: ModelConfig) -> int:
     """The width inside the MLP or the expert that a kind is in."""
     return (model.get("moe_ffn_hidden_size") if IN_EXPERT.fullmatch(kind) else None) or model.ffn_hidden_size
 
 
-def shape(kind: str, model: DictConfig) -> tuple[int, int]:
+def shape(kind: str, model: ModelConfig) -> tuple[int, int]:
     """Whole (in_features, out_features) of a kind, from a NeMo GPT's model config.
 
     Raises:
@@ -184,7 +183,7 @@ def shape(kind: str, model: DictConfig) -> tuple[int, int]:
     }[target]
 
 
-def rows(kind: str, model: DictConfig, ranks: int = 1):
+def rows(kind: str, model: ModelConfig, ranks: int = 1):
     """Which rows of the fused projection's local W a kind addresses, as indices (out,); None means all.
 
     Megatron stores QKV by query group: the group's queries, then its key, then its value; and gate before up.
@@ -205,7 +204,7 @@ def rows(kind: str, model: DictConfig, ranks: int = 1):
     return {"q": fused[:, :per_group], "k": fused[:, per_group], "v": fused[:, per_group + 1]}[part].reshape(-1)
 
 
-def places(targets: tuple[str, ...], model: DictConfig):
+def places(targets: tuple[str, ...], model: ModelConfig):
     """The rows of the whole W that targets inside one projection address, one below the other, as indices (rows,)."""
     import torch
 
@@ -213,7 +212,7 @@ def places(targets: tuple[str, ...], model: DictConfig):
     return torch.cat([torch.arange(shape(target, model)[1]) if own is None else own for target, own in found])
 
 
-def order(wanted: tuple[str, ...], given: tuple[str, ...], model: DictConfig):
+def order(wanted: tuple[str, ...], given: tuple[str, ...], model: ModelConfig):
     """The rows that ``wanted`` addresses as indices into those of ``given``, where both address the same rows."""
     return places(given, model).argsort()[places(wanted, model).argsort().argsort()]
 

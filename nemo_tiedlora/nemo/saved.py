@@ -19,6 +19,7 @@ from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.pickles import as_it_is, is_trusted
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import check_shape
+from nemo_tiedlora.model.data import dump
 from nemo_tiedlora.model.sizes import sites
 from nemo_tiedlora.model.targets import blocks, where
 from nemo_tiedlora.nemo.adaptations import Adaptations
@@ -148,7 +149,7 @@ def load_adapters(self, stock, filepath, peft_cfgs=None, map_location=None):
         way_out = f"an adapter of scheme {adapter.scheme}; set model.peft.peft_scheme={adapter.scheme}"
         raise UsageError("model.peft.restore_from_path", str(filepath), way_out)
     with open_dict(self.cfg):
-        self.cfg.peft = OmegaConf.merge(self.cfg.get("peft") or {}, adapter.put_into(OmegaConf.create()).peft)
+        self.cfg.peft = OmegaConf.merge(self.cfg.get("peft") or {}, adapter.peft)
         self.cfg.peft[f"{adapter.scheme}_tuning"] = adapter.settings
     self.add_adapter([FactorPEFTConfig(adapter.scheme, self.cfg, adapter.config, stored=adapter.tensors)])
     load(self, adapter)
@@ -164,7 +165,8 @@ def _load_nemos_own(self, path: Path, peft_cfgs) -> None:
     state = states[ranks]
     if getattr(self, "megatron_amp_O2", False):
         state = {key.replace("model.", "model.module.", 1): tensor for key, tensor in state.items()}
-    self.add_adapter(peft_cfgs or [PEFT_CONFIG_MAP[name](saved) for name in saved.peft.peft_scheme.split(",")])
+    config = OmegaConf.create(dict(saved))
+    self.add_adapter(peft_cfgs or [PEFT_CONFIG_MAP[name](config) for name in config.peft.peft_scheme.split(",")])
     mine = self.state_dict()
     wanted = {} if self.ptuning_only_and_non_first_stage else self.adapter_keys | self.tunable_base_param_keys
     for key in sorted(state.keys() ^ wanted if wanted else ()):
@@ -195,17 +197,16 @@ def _config(model: NLPAdapterModelMixin, adapter: Adapter) -> str:
     """The model's config as YAML, without what the adapter does not depend on: layout, data and optimizer of the run,
     and where the base's tokenizer was unpacked. What NeMo's generation script wants of it stays: how rows become
     prompts, and that an optimizer has a name."""
-    config = OmegaConf.create(OmegaConf.to_container(model.cfg))
+    config = OmegaConf.to_container(model.cfg, enum_to_str=True)
     rows = (config.get("data") or {}).get("train_ds") or {}
     prompts = {name: rows[name] for name in PROMPTS if name in rows}
     for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
         config[name] = 1
-    config.update(virtual_pipeline_model_parallel_size=None, sequence_parallel=False, peft={})
-    config.data, config.optim = {"train_ds": prompts} if prompts else {}, {"name": None}
-    for name, value in config.tokenizer.items():
-        if isinstance(value, str):
-            config.tokenizer[name] = Path(value).name
-    return OmegaConf.to_yaml(adapter.put_into(config), sort_keys=True)
+    config.update(virtual_pipeline_model_parallel_size=None, sequence_parallel=False, peft=adapter.peft)
+    config.update(data={"train_ds": prompts} if prompts else {}, optim={"name": None})
+    tokenizer = config["tokenizer"].items()
+    config["tokenizer"] = {name: Path(value).name if isinstance(value, str) else value for name, value in tokenizer}
+    return dump(config, sort_keys=True)
 
 
 @cache

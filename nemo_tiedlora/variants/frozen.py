@@ -7,6 +7,7 @@ import re
 import numpy
 from torch import Tensor
 
+from nemo_tiedlora.console import note
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import drawing_by_torch
 
@@ -65,8 +66,6 @@ def check(key: str, tensor: Tensor, unit: float, recorded: str, rule: int, seed:
             )
             raise UsageError("seed", seed, way_out)
     if of_torch or not same:
-        from nemo_tiedlora.console import note  # here, because few need it and typer takes a while
-
         origin = ", that of earlier versions, whose last bits depend on the CPU" if of_torch else ""
         note(
             f"the frozen factors are drawn by rule {rule}{origin}; they agree with those that the adapter was trained "

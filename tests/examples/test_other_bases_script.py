@@ -7,10 +7,10 @@ import bases
 import forked
 import pytest
 import toy
-from omegaconf import OmegaConf
 
 from nemo_tiedlora import platform
 from nemo_tiedlora.checkpoint.base import open_base
+from nemo_tiedlora.model.data import over
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "megatron_gpt_finetuning.py"
 pytestmark = [pytest.mark.slow, pytest.mark.thorough]
@@ -34,7 +34,7 @@ def test_an_adapter_of_another_base_from_training_to_text(tmp_path, base):
     file = tmp_path / "base.nemo"
     with open_base(made) as opened:  # as one that was trained with its experts on two ranks
         spread = {"expert_model_parallel_size": 2} if base == "experts" else {}
-        opened.write(file, OmegaConf.merge(opened.config, spread), [], None)
+        opened.write(file, over(opened.config, spread), [], None)
     rows = {name: toy.sums(tmp_path / f"{name}.jsonl", 80, seed) for seed, name in enumerate(("train", "validation"))}
     job = [
         f"model.restore_from_path={file}",

@@ -460,7 +460,7 @@ def test_sound_files_pass(base, pieces, adapter, tmp_path):
         found = files.distributed(tmp_path / f"{type(extra).__name__}", extra)
         check(files.pack(tmp_path / "pieces.nemo", found), "base")
     for path in (files.pack(tmp_path / "lora.nemo", files.nemos_own()), adapter):
-        assert saved_config(path, "adapter").peft.peft_scheme in ("lora", "tied_lora")
+        assert saved_config(path, "adapter")["peft"]["peft_scheme"] in ("lora", "tied_lora")
     assert command("convert", tmp_path / "lora.nemo", "--out", tmp_path / "new")[0] == 0
     assert command("merge", "--force", "--base", base, "--adapter", adapter, "--out", tmp_path / "merged.nemo")[0] == 0
 

