@@ -6,8 +6,8 @@ Models are random, of the sizes that are asked for; no data and no weights are n
 
 - its time: forward, backward and AdamW. All adapters take a step in turn, many times over, and a ratio is the median
   of those of the same turn, so that what else the machine does weighs on both.
-- the activations that it keeps for the backward pass: the memory that autograd holds on to, each byte once, as far as it
-  grows with the batch.
+- the activations that it keeps for the backward pass: the memory that autograd holds on to, each byte once, as far as
+  it grows with the batch.
 
 The copies of the model share their frozen weights.
 """

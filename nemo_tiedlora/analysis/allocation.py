@@ -53,7 +53,7 @@ def read(path: Path) -> Allocation:
 
 
 def _module(name: str) -> tuple[str, int]:
-    target, layer = re.fullmatch(r"([a-z_0-9]{1,64})\.(\d{1,5})", name, re.ASCII).groups()
+    target, layer = re.fullmatch(r"([\w. -]{1,256})\.(\d{1,5})", name, re.ASCII).groups()
     return target, int(layer)
 
 
