@@ -1,11 +1,12 @@
 """What adapters cost in training on transformers models, beside Hugging Face PEFT's on the same model in the same run.
 
-    python benchmarks/beside_peft.py --json docs/beside-peft.json
+    python benchmarks/beside_peft.py
 
 Models are random, of the sizes that are asked for; no data and no weights are needed. Of every step there is
 
-- its time: forward, backward and AdamW. All adapters take a step in turn, many times over, and a ratio is the median
-  of those of the same turn, so that what else the machine does weighs on both.
+- its time: forward, backward and AdamW, as the time that the processor spends on it, on one thread. All adapters take
+  a step in turn, many times over, and a ratio is the median of those of the same turn: what else the machine does
+  weighs on both.
 - the activations that it keeps for the backward pass: the memory that autograd holds on to, each byte once, as far as
   it grows with the batch.
 
@@ -18,7 +19,6 @@ import time
 from collections.abc import Iterable
 from copy import deepcopy
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any, NamedTuple
 from weakref import WeakSet
@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import nn
 
 from nemo_tiedlora import huggingface
+from nemo_tiedlora.facade import AsJson, UsageError, check_choice
 
 #: Adapters by name: the name of PEFT's that each is compared with, and our scheme with its settings.
 OURS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -170,9 +171,9 @@ def seconds(made: dict[str, Trained], rounds: Iterable[int]) -> dict[str, list[f
     times: dict[str, list[float]] = {name: [] for name in made}
     for number in rounds:
         for name in made if number % 2 else reversed(made):
-            started = time.perf_counter()
+            started = time.process_time()
             made[name].step()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.process_time() - started)
     return times
 
 
@@ -183,7 +184,7 @@ def compared(made: dict[str, Trained], rounds: Iterable[int]) -> dict[str, dict[
     found = {}
     for name, (against, _, _) in OURS.items():
         ratios = [ours / theirs for ours, theirs in zip(times[name], times[f"PEFT {against}"], strict=True)]
-        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        low, _, high = quantiles(ratios, n=4)
         found[name] = {
             "seconds": median(times[name]),
             "peft_seconds": median(times[f"PEFT {against}"]),
@@ -197,13 +198,14 @@ def compared(made: dict[str, Trained], rounds: Iterable[int]) -> dict[str, dict[
     return found
 
 
-def measure(models: list[str], sizes: dict[str, Size], rounds: int) -> dict[str, Any]:
+def measure(models: list[str], size: Size, rounds: int) -> dict[str, Any]:
     """All of it, with what it was measured on."""
     found: dict[str, Any] = {
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "peft": version("peft"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": platform.machine(),
+        **size._asdict(),
         "rounds": rounds,
         "models": {},
     }
@@ -212,55 +214,56 @@ def measure(models: list[str], sizes: dict[str, Size], rounds: int) -> dict[str,
         rows = {}
         for what in TARGETS[model]:
             bar = track(range(rounds), f"{model}, {what}", console=console, disable=not console.is_terminal)
-            rows[what] = compared(all_of(model, what, sizes[model]), bar)
-        found["models"][model] = {"size": sizes[model]._asdict(), "targets": rows}
+            rows[what] = compared(all_of(model, what, size), bar)
+        found["models"][model] = {"targets": rows}
     return found
 
 
-def rows_of(found: dict[str, Any]) -> dict[str, list[list[str]]]:
-    """The cells of the table of every model."""
-    return {
-        model: [
-            [
-                what,
-                name,
-                f"PEFT's {OURS[name][0]}",
-                f"{row['time_ratio']:.2f}",
-                f"{1e3 * row['seconds']:.0f} ms",
-                f"{row['activation_bytes'] / row['peft_activation_bytes']:.2f}",
-                f"{row['activation_bytes'] / 2**20:.1f} MiB",
-            ]
-            for what, rows in one["targets"].items()
-            for name, row in rows.items()
+def rows_of(one: dict[str, Any]) -> list[list[str]]:
+    """The cells of a model's table."""
+    return [
+        [name, f"PEFT's {against}"]
+        + [f"{rows[name]['time_ratio']:.2f}" for rows in one["targets"].values()]
+        + [
+            f"{rows[name]['activation_bytes'] / rows[name]['peft_activation_bytes']:.2f}"
+            for rows in one["targets"].values()
         ]
-        for model, one in found["models"].items()
-    }
+        for name, (against, _, _) in OURS.items()
+    ]
 
 
-COLUMNS = ("adapted", "ours", "beside", "time of a step", "", "kept for backward", "")
+def columns_of(one: dict[str, Any]) -> list[str]:
+    """The heads of its columns."""
+    return ["ours", "beside"] + [f"{what}: {part}" for part in ("time", "activations") for what in one["targets"]]
 
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="llama or roberta; by default both.")] = None,
-    hidden: Annotated[int, typer.Option(min=8)] = 768,
+    hidden: Annotated[int, typer.Option(min=8)] = 512,
     layers: Annotated[int, typer.Option(min=1)] = 4,
-    batch: Annotated[int, typer.Option(help="Rows of the input.", min=1)] = 8,
+    batch: Annotated[int, typer.Option(help="Rows of the input.", min=1)] = 4,
     length: Annotated[int, typer.Option(help="Tokens of a row.", min=1)] = 256,
     rank: Annotated[int, typer.Option(min=1)] = 8,
-    rounds: Annotated[int, typer.Option(help="Steps of every adapter; medians count.", min=1)] = 15,
-    out: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
+    rounds: Annotated[int, typer.Option(help="Steps of every adapter; medians count.", min=2)] = 15,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what a training step costs with each adapter, as a share of what it costs with PEFT's."""
-    size = Size(hidden, layers, batch, length, rank)
-    models = model or list(TARGETS)
-    found = measure(models, dict.fromkeys(models, size), rounds)
-    for name, rows in rows_of(found).items():
-        table = Table(*COLUMNS, title=f"{name}: {layers} x {hidden}, {batch * length:,} tokens, rank {rank}")
-        for row in rows:
+    torch.set_num_threads(1)
+    size, models = Size(hidden, layers, batch, length, rank), model or list(TARGETS)
+    try:
+        for name in models:
+            check_choice("model", name, TARGETS)
+        found = measure(models, size, rounds)
+    except UsageError as error:
+        raise SystemExit(typer.echo(f"error: {error}", err=True) or 2) from None
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, one in found["models"].items():
+        table = Table(*columns_of(one), title=f"{name}: {layers} x {hidden}, {batch * length:,} tokens, rank {rank}")
+        for row in rows_of(one):
             table.add_row(*row)
         Console(soft_wrap=True).print(table)
-    if out:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_tiedlora.analysis.heatmap import Panel
+from nemo_tiedlora.analysis.heatmap import Panel, short
 from nemo_tiedlora.errors import UsageError
 
 #: A log, or a number of steps, cannot be larger.
@@ -60,4 +60,4 @@ def _module(name: str) -> tuple[str, int]:
 def panel(allocation: Allocation) -> Panel:
     """The heat map of figure 5."""
     title = "Steps for which a module was active"
-    return Panel(allocation.active_steps, title, allocation.layers, allocation.targets, "layer", "module")
+    return Panel(allocation.active_steps, title, allocation.layers, short(allocation.targets), "layer", "module")
