@@ -34,6 +34,24 @@ def rows_of(path: Path, text: list[str], label: str) -> list[tuple[list[str], in
         raise UsageError("data", str(path), f"not rows with {', '.join(text)} and {label} ({error!r})") from None
 
 
+def settings_of(text: str) -> dict:
+    """Settings from JSON."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise UsageError("settings", text, 'not names and values as JSON, such as {"preset": "LoRA"}') from None
+
+
+def loaded(base: str, labels: int):
+    """The tokenizer and the model, ready to be trained, with a new head for so many labels."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    except (OSError, ValueError) as error:
+        raise UsageError("base", base, f"transformers cannot load it ({error})") from None
+    return tokenizer, model.train()
+
+
 def batches(rows, tokenizer, size: int, length: int):
     """Inputs and labels, padded to the longest of each batch."""
     for start in range(0, len(rows), size):
@@ -64,7 +82,7 @@ def main(
     settings: Annotated[str, typer.Option(help="Of the method, as JSON.")] = '{"preset": "LoRA"}',
     targets: Annotated[str, typer.Option(help="Layers to adapt, separated by commas.")] = "query,value",
     rank: Annotated[int, typer.Option(min=1)] = 8,
-    epochs: Annotated[int, typer.Option(min=1)] = 5,
+    epochs: Annotated[int, typer.Option(help="0: the adapter is saved as it starts.", min=0)] = 5,
     batch: Annotated[int, typer.Option(min=1)] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a row that are used.", min=2)] = 128,
     lr: Annotated[float, typer.Option(help="At the start; it falls linearly to 0.")] = 5e-4,
@@ -77,15 +95,14 @@ def main(
         learned, held_out = (rows_of(path, text, label) for path in (train, validation))
         random.seed(seed)
         torch.manual_seed(seed)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
         labels = 1 + max(number for _, number in learned + held_out)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
-        adapter = huggingface.attach(model.train(), scheme, targets.split(","), rank=rank, **json.loads(settings))
+        tokenizer, model = loaded(base, labels)
+        adapter = huggingface.attach(model, scheme, targets.split(","), rank=rank, **settings_of(settings))
         console.print(str(adapter))
         optimizer = torch.optim.AdamW(adapter.parameter_groups(lr), weight_decay=0.01)
         adapter.attach_to(optimizer)
         steps = epochs * -(-len(learned) // batch)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
         bar = track(range(epochs), "training", console=console, disable=not console.is_terminal)
         for _ in bar:
             random.shuffle(learned)

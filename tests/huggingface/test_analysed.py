@@ -209,6 +209,25 @@ def test_both_hosts_see_the_same_in_a_llama(bases, tmp_path):
                 torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_of_an_image_and_text_model_the_layers_that_texts_go_through_are_compared(tmp_path):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    image = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(image, saved_models.config("llama"), image_token_index=335, vision_feature_layer=-1)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = saved_models.tokenizer(tmp_path)
+    seen = []
+    for layer in model.language_model.model.layers:
+        layer.register_forward_hook(lambda module, args, output: seen.append(output[0][0, -1]))
+    ids = tokenizer(TEXTS[0], return_tensors="pt").input_ids
+    model.language_model(ids)
+    (found,) = SavedModel(tmp_path).layer_outputs(TEXTS[:1], 64)
+    torch.testing.assert_close(found, torch.stack(seen))
+
+
 def refused(message, *arguments):
     with pytest.raises(UsageError) as error:
         CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
