@@ -14,7 +14,7 @@ from nemo_tiedlora.variants import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("nemo_tiedlora", "benchmark_suite", "conf", "docs", "examples", "tests", "tools")
+FOLDERS = ("nemo_tiedlora", "benchmark_suite", "benchmarks", "conf", "docs", "examples", "tests", "tools")
 
 
 def prose(page):
