@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,12 +10,15 @@ from nemo_tiedlora.console import progress, show
 from nemo_tiedlora.errors import UsageError, check_choice
 from nemo_tiedlora.options import AsJson, BaseName
 
+if TYPE_CHECKING:
+    from nemo_tiedlora.analysis.host import AnalysedBase
+
 app = typer.Typer(
     help="Heat maps of layers, subspaces, conversion matrices and allocations, with their numbers.",
     no_args_is_help=True,
 )
 
-Adapter = Annotated[Path, typer.Option(help="A saved adapter (.nemo).")]
+Adapter = Annotated[Path, typer.Option(help="A saved adapter: a .nemo or a folder.")]
 Out = Annotated[Path, typer.Option(help="Heat map to write (.png); the numbers take the same name with .json.")]
 
 
@@ -35,12 +38,10 @@ def layers(
     check_choice("similarity", similarity, ("angular", "cosine"))
     from nemo_tiedlora.analysis.heatmap import Panel
     from nemo_tiedlora.analysis.layers import off_diagonal_mean
-    from nemo_tiedlora.huggingface.bases import find
-    from nemo_tiedlora.job import calibrate
+    from nemo_tiedlora.analysis.texts import read_texts
 
-    found = find(base)
-    texts = calibrate.read_texts(data, samples, field)
-    matrix = calibrate.layer_similarity(found.file(), texts, length, similarity)
+    named = base_of(base)
+    matrix = named.similarity(read_texts(data, samples, field), length, similarity)
     numbers = {"average": off_diagonal_mean(matrix), "similarity": matrix}
     names = range(len(matrix))
     panel = Panel(matrix, "Similarity of layer outputs", names, names)
@@ -51,7 +52,7 @@ def layers(
 def subspace(
     base: BaseName,
     adapter: Adapter,
-    other: Annotated[Path | None, typer.Option(help="Adapter (.nemo) to compare with; without it, W itself.")] = None,
+    other: Annotated[Path | None, typer.Option(help="Adapter to compare with; without it, W itself.")] = None,
     out: Out = Path("subspace.png"),
     as_json: AsJson = False,
 ) -> None:
@@ -63,20 +64,16 @@ def subspace(
     import torch
 
     from nemo_tiedlora.analysis import subspace as subspaces
-    from nemo_tiedlora.huggingface.bases import find
-    from nemo_tiedlora.job.loaded import adapted_layers, check_adapted
 
-    found = find(base)
-    check_adapted(found.config, adapter, "adapter")
+    named = base_of(base)
+    named.check(adapter, "adapter")
     if other:
-        check_adapted(found.config, other, "other")
-    adapted = adapted_layers(found.file(), adapter)
+        named.check(other, "other")
+    adapted = named.adapted(adapter)
     ours = {site: subspaces.adapter_vectors(layer.factors) for site, layer in adapted.items()}
     if other:
         adapted = None  # one base in memory is enough
-        theirs = {
-            site: subspaces.adapter_vectors(one.factors) for site, one in adapted_layers(found.file(), other).items()
-        }
+        theirs = {site: subspaces.adapter_vectors(one.factors) for site, one in named.adapted(other).items()}
     else:
         theirs = {
             site: subspaces.weight_vectors(layer.weight(torch.float64), len(layer.factors.A))
@@ -100,12 +97,10 @@ def conversion(base: BaseName, adapter: Adapter, out: Out = Path("conversion.png
     import torch
 
     from nemo_tiedlora.analysis import conversion as conversions
-    from nemo_tiedlora.huggingface.bases import find
-    from nemo_tiedlora.job.loaded import adapted_layers, check_adapted
 
-    found = find(base)
-    check_adapted(found.config, adapter, "adapter")
-    adapted = adapted_layers(found.file(), adapter)
+    named = base_of(base)
+    named.check(adapter, "adapter")
+    adapted = named.adapted(adapter)
     matrices = {
         site: conversions.conversion_matrices(layer.weight(torch.float64), layer.factors)
         for site, layer in progress(adapted.items(), "inverting W", len(adapted))
@@ -139,6 +134,24 @@ def allocation(
     totals = zip(read.targets, zip(*read.active_steps, strict=True), strict=True)
     summary = {target: f"{sum(filter(None, steps)):,} active steps" for target, steps in totals}
     _finish(asdict(read), [[allocations.panel(read)]], "active steps", out, summary, as_json)
+
+
+def base_of(named: str) -> "AnalysedBase":
+    """The base that a user has named: a folder that transformers saved is run by transformers, all else by NeMo.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    from nemo_tiedlora.huggingface.bases import NAMES
+    from nemo_tiedlora.huggingface.families import CONFIG
+
+    if named not in NAMES and (Path(named) / CONFIG).is_file():
+        from nemo_tiedlora.huggingface.analysed import SavedModel
+
+        return SavedModel(Path(named))
+    from nemo_tiedlora.job.loaded import NemoBase
+
+    return NemoBase(named)
 
 
 def _start(out: Path) -> None:

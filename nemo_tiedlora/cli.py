@@ -216,17 +216,21 @@ def groups(
     ] = "complete",
     rank: Annotated[int, typer.Option(help="Rank to report savings for.", min=1)] = 8,
     rank_expansion: Annotated[str, typer.Option(help="none, budget or a rank.")] = "none",
-    targets: Annotated[str, typer.Option(help="Target modules, separated by commas.")] = "attention_qkv",
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="Target modules to report savings for, separated by commas; by default attention_qkv, or all-linear "
+            "of a model that NeMo does not run."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="JSON file to write; the heat map goes beside it.")] = Path("groups.json"),
     as_json: AsJson = False,
 ) -> None:
     """Find layers of a base that can share factors (ShareLoRA), from its outputs over a calibration text."""
     from nemo_tiedlora.analysis.heatmap import Panel, draw
+    from nemo_tiedlora.analysis.texts import read_texts
     from nemo_tiedlora.errors import check_choice
-    from nemo_tiedlora.files import check_output, sha256_of, write_text
-    from nemo_tiedlora.huggingface.bases import find
-    from nemo_tiedlora.job import calibrate
-    from nemo_tiedlora.model.sizes import sizes
+    from nemo_tiedlora.files import check_output, write_text
     from nemo_tiedlora.platform.threads import wait_passively
     from nemo_tiedlora.variants import SharedConfig
     from nemo_tiedlora.variants.groups import GROUPINGS
@@ -234,20 +238,19 @@ def groups(
     wait_passively()
     check_choice("similarity", similarity, ("angular", "cosine"))
     check_choice("grouping", grouping, GROUPINGS)
-    found_base = find(base)
-    model_config = found_base.config
+    named = analyze.base_of(base)
     if out.suffix != ".json":
         raise UsageError("out", str(out), "must end in .json; the heat map takes the same name with .png")
     check_output(out.parent, "out")
-    texts = calibrate.read_texts(data, samples, field, seed)
+    texts = read_texts(data, samples, field, seed)
     expansion = int(rank_expansion) if rank_expansion.isdigit() else rank_expansion
-    settings = {"rank": rank, "target_modules": targets.split(","), "rank_expansion": expansion}
-    sizes(SharedConfig(groups=[], **settings), model_config)  # refuses bad settings before the base is loaded
+    settings = {"rank": rank, "target_modules": targets.split(",") if targets else named.targets}
+    settings["rank_expansion"] = expansion
+    named.sizes(SharedConfig(groups=[], **settings))  # refuses bad settings before anything is computed
 
-    path = found_base.file()
-    matrix = calibrate.layer_similarity(path, texts, length, similarity)
+    matrix = named.similarity(texts, length, similarity)
     found = GROUPINGS[grouping](matrix, threshold)
-    counted = sizes(SharedConfig(groups=found, **settings), model_config)
+    counted = named.sizes(SharedConfig(groups=found, **settings))
     result = {
         "groups": found,
         "trainable": counted.trainable,
@@ -262,7 +265,7 @@ def groups(
             "seed": seed,
             "length": length,
         },
-        "base_sha256": sha256_of(path),
+        "base_sha256": named.sha256(),
         "similarity": matrix,
     }
     write_text(out, json.dumps(result, indent=1) + "\n")

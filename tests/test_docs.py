@@ -14,7 +14,7 @@ from nemo_tiedlora.variants import METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("nemo_tiedlora", "benchmark_suite", "conf", "docs", "examples", "tests", "tools")
+FOLDERS = ("nemo_tiedlora", "benchmark_suite", "benchmarks", "conf", "docs", "examples", "tests", "tools")
 
 
 def prose(page):
@@ -71,6 +71,21 @@ def test_the_tables_of_what_was_served_are_those_of_its_results():
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     for rows in (served, weighed):
         assert "|---|\n" + "\n".join(rows) + "\n\n" in page
+
+
+def test_the_table_of_conversion_matrices_is_that_of_its_results():
+    trained, drawn = (
+        json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))["targets"]
+        for name in ("conversion", "conversion-drawn")
+    )
+    rows = []
+    for target in trained:
+        for factor in "AB":
+            found = [trained[target][factor], drawn[target][factor], trained[target][f"random {factor}"]]
+            cells = [target.rpartition(".")[2], factor, *(f"{one['average']:.3f}" for one in found)]
+            rows.append(f"| {' | '.join(cells)} |")
+    page = (ROOT / "docs" / "analysis.md").read_text(encoding="utf-8")
+    assert "|---:|\n" + "\n".join(rows) + "\n\n" in page
 
 
 def test_the_glossary_says_every_word_once():

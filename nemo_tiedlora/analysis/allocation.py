@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_tiedlora.analysis.heatmap import Panel
+from nemo_tiedlora.analysis.heatmap import Panel, short
 from nemo_tiedlora.errors import UsageError
 
 #: A log, or a number of steps, cannot be larger.
@@ -53,11 +53,11 @@ def read(path: Path) -> Allocation:
 
 
 def _module(name: str) -> tuple[str, int]:
-    target, layer = re.fullmatch(r"([a-z_0-9]{1,64})\.(\d{1,5})", name, re.ASCII).groups()
+    target, layer = re.fullmatch(r"([\w. -]{1,256})\.(\d{1,5})", name, re.ASCII).groups()
     return target, int(layer)
 
 
 def panel(allocation: Allocation) -> Panel:
     """The heat map of figure 5."""
     title = "Steps for which a module was active"
-    return Panel(allocation.active_steps, title, allocation.layers, allocation.targets, "layer", "module")
+    return Panel(allocation.active_steps, title, allocation.layers, short(allocation.targets), "layer", "module")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_tiedlora.analysis.heatmap import Panel
+from nemo_tiedlora.analysis.heatmap import Panel, short
 from nemo_tiedlora.analysis.layers import off_diagonal_mean
 from nemo_tiedlora.analysis.subspace import grid, left_vectors
 from nemo_tiedlora.errors import UsageError
@@ -66,9 +66,9 @@ def panels(compared: Mapping[str, Any]) -> list[list[Panel]]:
     """One row of heat maps per target."""
     return [
         [
-            Panel(one["similarity"], f"{target}: {name}", found["layers"], found["layers"])
+            Panel(one["similarity"], f"{title}: {name}", found["layers"], found["layers"])
             for name, one in found.items()
             if name != "layers"
         ]
-        for target, found in compared.items()
+        for title, found in zip(short(list(compared)), compared.values(), strict=True)
     ]

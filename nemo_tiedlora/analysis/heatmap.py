@@ -9,6 +9,9 @@ import numpy
 
 from nemo_tiedlora.files import replacing
 
+#: Characters of all columns' names that fit below a panel side by side.
+WIDEST = 40
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -29,6 +32,15 @@ class Panel:
     ylabel: str = "layer"
     xlabel: str = "layer"
     frames: Sequence[Sequence[int]] = ()
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names of modules without the path that all of them begin with."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(one) > shared + 1 and one[shared] == parts[0][shared] for one in parts):
+        shared += 1
+    return [".".join(one[shared:]) for one in parts]
 
 
 def draw(panels: Sequence[Sequence[Panel]], label: str, path: Path) -> None:
@@ -60,6 +72,8 @@ def _draw(axes, panel: Panel, scale: dict[str, float]):
     for axis, names in ((axes.yaxis, panel.rows), (axes.xaxis, panel.columns)):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_major_formatter(FuncFormatter(lambda at, _, names=names: _name(names, at)))
+    if sum(len(str(name)) for name in panel.columns) > WIDEST:
+        axes.tick_params(axis="x", labelrotation=90)
     for group in panel.frames:
         for first in group:
             for second in group:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_tiedlora.analysis.heatmap import Panel
+from nemo_tiedlora.analysis.heatmap import Panel, short
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.variants import Factors, Site
 
@@ -106,8 +106,8 @@ def compare(ours: Mapping[Site, Vectors], theirs: Mapping[Site, Vectors]) -> dic
 
 def panels(compared: Mapping[str, Any], versus: str) -> list[list[Panel]]:
     """One row of heat maps per target, of the means over layers."""
-    return [[_panel(f"{target}: {part}", one["mean"], versus) for part, one in parts.items()]
-            for target, parts in compared.items()]  # fmt: skip
+    return [[_panel(f"{title}: {part}", one["mean"], versus) for part, one in parts.items()]
+            for title, parts in zip(short(list(compared)), compared.values(), strict=True)]  # fmt: skip
 
 
 def _panel(title: str, mean: list[list[float]], versus: str) -> Panel:

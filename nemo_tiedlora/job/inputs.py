@@ -8,9 +8,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemo_tiedlora.analysis.texts import read_texts
 from nemo_tiedlora.checkpoint.saved import check_adapter
 from nemo_tiedlora.errors import UsageError, closest
-from nemo_tiedlora.job.calibrate import Calibration, read_texts
+from nemo_tiedlora.job.calibrate import Calibration
 from nemo_tiedlora.model.config import STOCK_SCHEMES
 from nemo_tiedlora.model.data import ModelConfig
 from nemo_tiedlora.model.sizes import check_fit

@@ -1,9 +1,10 @@
 """Heat maps as pictures."""
 
 import numpy
+import pytest
 from matplotlib import image
 
-from nemo_tiedlora.analysis.heatmap import Panel, draw
+from nemo_tiedlora.analysis.heatmap import Panel, draw, short
 
 #: The ends of the colour scale (viridis).
 LOW, HIGH = (68, 1, 84), (253, 231, 37)
@@ -41,3 +42,18 @@ def test_the_cells_of_a_group_are_framed(tmp_path):
     # Layers 0 and 1 are the lower left quarter of the map.
     height, width = plain.shape[:2]
     assert len(rows) and rows.min() > 0.4 * height and columns.max() < 0.6 * width
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["attention_qkv", "mlp_fc2"], ["attention_qkv", "mlp_fc2"]),
+        (["bert.layer.self.query", "bert.layer.self.value"], ["query", "value"]),
+        (["bert.layer.self.query", "bert.layer.dense"], ["self.query", "dense"]),
+        (["bert.layer.dense", "bert.layer.dense 4x8"], ["dense", "dense 4x8"]),
+        (["bert.layer.self.query"], ["query"]),
+        (["a.b", "a.b.c"], ["b", "b.c"]),
+    ],
+)
+def test_names_of_modules_are_shown_from_where_they_differ(names, shown):
+    assert short(names) == shown

@@ -8,6 +8,7 @@ import forked
 import pytest
 import torch
 
+from nemo_tiedlora.analysis.texts import read_texts
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.job import calibrate
 
@@ -25,21 +26,21 @@ def test_bad_texts_are_refused(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UsageError, match=message):
-        calibrate.read_texts(tmp_path / name, 10)
+        read_texts(tmp_path / name, 10)
 
 
 def test_texts_come_from_jsonl_and_from_plain_text(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"text": "c"}\n')
     (tmp_path / "plain.txt").write_text("a\n\nb\nc\n")
     for name in ("rows.jsonl", "plain.txt"):
-        assert calibrate.read_texts(tmp_path / name, 3) == calibrate.read_texts(tmp_path / name, 9) == ["a", "b", "c"]
+        assert read_texts(tmp_path / name, 3) == read_texts(tmp_path / name, 9) == ["a", "b", "c"]
 
 
 def test_a_seed_draws_the_texts_from_all_of_them(tmp_path):
     path = tmp_path / "plain.txt"
     path.write_text("".join(f"{number}\n" for number in range(100)))
-    drawn = [calibrate.read_texts(path, 10, seed=seed) for seed in range(300)]
-    assert drawn[0] == calibrate.read_texts(path, 10, seed=0) != drawn[1]
+    drawn = [read_texts(path, 10, seed=seed) for seed in range(300)]
+    assert drawn[0] == read_texts(path, 10, seed=0) != drawn[1]
     assert all(sorted(texts, key=int) == texts and len(set(texts)) == 10 for texts in drawn)
     times = Counter(number for texts in drawn for number in texts)
     assert len(times) == 100 and max(times.values()) < 3 * 30  # 30 on average
