@@ -147,6 +147,7 @@ class HfTrained:
             raise UsageError("tokens", tokens, f"the base's context has {self.folder.context}")
         ids = [own[-room:] or [tokenizer.eos_token_id] for own in ids_of(tokenizer, prompts)]
         texts: dict[int, str] = {}
+        spare = list(range(len(tokenizer), self.folder.text_config.vocab_size))  # rows of no token, which NeMo masks
 
         def fits(count: int, longest: int) -> bool:
             return count <= PROMPTS and count * (longest + tokens) <= TOKENS
@@ -161,6 +162,7 @@ class HfTrained:
             said = self.model.generate(
                 input_ids=lines.to(self.model.device), attention_mask=mask.to(self.model.device), do_sample=False,
                 max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                suppress_tokens=spare or None,
             )[:, longest:]  # fmt: skip
             for number, new in zip(group, said.tolist(), strict=True):
                 texts[number] = self._text(new)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,26 +33,34 @@ class Measured:
     losses: list[tuple[int, float]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The share of the learning rate at a step, and the rest of AdamW's settings.
+class Settings(NamedTuple):
+    """Of AdamW, and of its learning rate.
 
-    Text is trained as the workbench does, heads as the papers on GLUE did: with transformers' own defaults.
+    Args:
+        share: (step from 0, steps of warm-up, steps) → share of the learning rate.
     """
 
-    falls: Callable[[float], float]
+    share: Callable[[int, int, int], float]
     betas: tuple[float, float]
     weight_decay: float
 
-    def at(self, step: int, warmup: int, steps: int) -> float:
-        """Of the learning rate, in a step that is counted from 0."""
-        if warmup and step <= warmup:
-            return (step + 1) / (warmup + 1)
-        return self.falls((step - warmup) / (steps - warmup))
+
+def cosine(step: int, warmup: int, steps: int) -> float:
+    """As NeMo's CosineAnnealing."""
+    if warmup and step <= warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-TEXT = Schedule(lambda done: 0.5 * (1 + math.cos(math.pi * done)), (0.9, 0.98), 0.01)
-HEAD = Schedule(lambda done: 1 - done, (0.9, 0.999), 0.0)
+def linear(step: int, warmup: int, steps: int) -> float:
+    """As transformers' ``get_linear_schedule_with_warmup``."""
+    return step / warmup if step < warmup else (steps - step) / (steps - warmup)
+
+
+#: Text is trained as NeMo's workbench does it.
+WRITING = Settings(cosine, (0.9, 0.98), 0.01)
+#: Heads are trained as the papers on GLUE did it, with the defaults of transformers' Trainer.
+SAYING = Settings(linear, (0.9, 0.999), 0.0)
 
 
 def fit(
@@ -67,10 +75,10 @@ def fit(
         RunError: losses, gradients or weights are not finite.
     """
     recipe, facts = training.recipe, Measured()
-    schedule = TEXT if training.head is None else HEAD
+    settings = WRITING if training.head is None else SAYING
     copies = Copies(method.groups(training.lr))
-    optimizer = torch.optim.AdamW(copies.groups, training.lr, schedule.betas, weight_decay=schedule.weight_decay)
-    scheduler = LambdaLR(optimizer, lambda step: schedule.at(step, training.warmup, recipe.steps))
+    optimizer = torch.optim.AdamW(copies.groups, training.lr, settings.betas, weight_decay=settings.weight_decay)
+    scheduler = LambdaLR(optimizer, lambda step: settings.share(step, training.warmup, recipe.steps))
     method.begin(optimizer)
     best, worse, bad = Best(training), 0, 0
     interval = min(recipe.val_interval, recipe.steps)

@@ -1,7 +1,6 @@
 """What a variant puts on a model: an adapter of the plugin's, one of PEFT's, or nothing but gradients everywhere."""
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ class Full:
         self.model = model
         #: Names of the modules that are trained whole because they are new.
         self.heads = heads_of(model)
-        self.lora = lora_size(model, names_of(model, TARGETS), RANK)
+        self.lora = _lora_size(model)
         model.requires_grad_(True)
 
     def groups(self, lr: float) -> list[dict[str, Any]]:
@@ -52,7 +51,8 @@ class Full:
         trained = {name: each.numel() for name, each in self.model.named_parameters() if each.requires_grad}
         in_heads = sum(size for name, size in trained.items() if name.startswith(heads))
         trainable = sum(trained.values()) - in_heads
-        found = {"trainable": trainable, "stored": trainable, "percent_of_lora": round(100 * trainable / self.lora, 2)}
+        percent = round(100 * trainable / self.lora, 2) if self.lora else None
+        found = {"trainable": trainable, "stored": trainable, "percent_of_lora": percent}
         return found | ({"head_parameters": in_heads} if heads else {})
 
     def save(self, folder: Path) -> int:
@@ -110,7 +110,8 @@ class Peft(Full):
         self.heads = heads_of(model)
         self.peft = get_peft_model(model, config)
         self.model = model
-        self.lora = (rank or RANK) * sum(sizes[name] for name in self.peft.base_model.targeted_module_names)
+        adapted: Any = self.peft.base_model.targeted_module_names
+        self.lora = (rank or RANK) * sum(sizes[name] for name in adapted)
 
     def save(self, folder: Path) -> int:
         return _written(folder / "adapter", self.peft.save_pretrained)
@@ -147,9 +148,13 @@ def check(outline: Any, variant: VariantSpec, rank: int | None) -> None:
         raise UsageError("scheme", variant.scheme, way_out)
 
 
-def lora_size(model: Any, names: Iterable[str], rank: int) -> int:
-    """Trained parameters of plain LoRA on these layers."""
-    return sum(rank * sum(model.get_submodule(name).weight.shape) for name in names)
+def _lora_size(model: Any) -> int | None:
+    """Trained parameters of plain LoRA where a variant goes that names no layers; None where that is not known."""
+    try:
+        names = names_of(model, TARGETS)
+    except UsageError:
+        return None
+    return sum(RANK * sum(model.get_submodule(name).weight.shape) for name in names)
 
 
 def _wanted(variant: VariantSpec) -> list[str]:

@@ -1,6 +1,7 @@
 """What is learned: to write answers, or to say of texts what a head is to say."""
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -79,16 +80,16 @@ class Saying:
         micro = self.training.micro_batch
         for start in range(0, len(batch), micro):
             examples = [self.training.train[number] for number in batch[start : start + micro]]
-            inputs = encoded(self.tokenizer, [example.texts for example in examples], self.longest)
-            said = self.model(**inputs.to(self.model.device)).logits.float()
-            yield _error(said, examples, self.training.head) / len(batch), inputs.input_ids.numel()
+            inputs = encoded(self.model, self.tokenizer, [example.texts for example in examples], self.longest)
+            said = self.model(**inputs).logits.float()
+            yield _error(said, examples) / len(batch), inputs["input_ids"].numel()
 
     @torch.no_grad()
     def validate(self) -> tuple[float, list[list[float]]]:
         """The mean loss over the validation examples, and what the head says of each."""
         examples = self.training.validation
         said = outputs(self.model, self.tokenizer, [example.texts for example in examples], self.longest)
-        loss = _error(torch.tensor(said), examples, self.training.head) / len(examples)
+        loss = _error(torch.tensor(said), examples) / len(examples)
         return float(loss), said
 
 
@@ -125,18 +126,20 @@ def outputs(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], longes
     lengths = [sum(map(len, each)) for each in texts]  # letters will do to put like to like
     said: dict[int, list[float]] = {}
     for group in groups(lengths, lambda count, _: count * longest <= TOKENS):
-        inputs = encoded(tokenizer, [texts[number] for number in group], longest).to(model.device)
+        inputs = encoded(model, tokenizer, [texts[number] for number in group], longest)
         said |= dict(zip(group, model(**inputs).logits.float().tolist(), strict=True))
     return [said[number] for number in range(len(texts))]
 
 
-def encoded(tokenizer: Any, texts: Sequence[tuple[str, ...]], longest: int) -> Any:
-    """Texts or pairs of texts with what the model's own training put around them."""
+def encoded(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], longest: int) -> dict[str, Tensor]:
+    """Texts or pairs of texts with what the model's own training put around them, as far as the model takes it."""
     parts = [list(part) for part in zip(*texts, strict=True)]
-    return tokenizer(*parts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+    found = tokenizer(*parts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
+    taken = signature(model.forward).parameters
+    return {name: tensor.to(model.device) for name, tensor in found.items() if name in taken}
 
 
-def _error(said: Tensor, examples: Sequence[Example], head: int | None) -> Tensor:
+def _error(said: Tensor, examples: Sequence[Example]) -> Tensor:
     """Summed over examples."""
     if examples[0].number is None:
         right = torch.tensor([each.right for each in examples], device=said.device)

@@ -23,6 +23,7 @@ REFUSED = {
     "mixed": "it is several methods",
     "multitask_prompt_tuning": "it puts tokens before the text",
     "poly": "it wants to know each row's task",
+    "shadow": "it runs a model of its own beside the base",
     "trainable_tokens": "it trains embeddings",
     "xlora": "it mixes adapters that are trained already",
 }
@@ -48,7 +49,7 @@ def known() -> dict[str, Any]:
 
 def check(variant: VariantSpec) -> None:
     """Raises ``UsageError`` for a method that is not there or not run here, and for settings that it does not take."""
-    for rank in variant.ranks or [None]:
+    for rank in variant.ranks[:] or (None,):
         config_of(variant, rank, ["linear"])
 
 

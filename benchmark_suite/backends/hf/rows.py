@@ -56,7 +56,8 @@ def nemo_batches(count: int, size: int, steps: int) -> Iterator[list[int]]:
 
 def shuffled_batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
     """Numbers of the rows of each step: every row once before any is read again, in an order of its own."""
-    draw, order = numpy.random.default_rng(seed), []
+    draw = numpy.random.default_rng(seed)
+    order: list[int] = []
     for _ in range(steps):
         while len(order) < size:
             order += draw.permutation(count).tolist()
