@@ -41,7 +41,6 @@ class NemoBackend:
     """
 
     host = "nemo"
-    packages = ("nemo_toolkit", "megatron-core", "torch")
 
     def __init__(self, base: str | Path, precision: str = "32"):
         self.named, self.precision = base, precision
@@ -90,6 +89,9 @@ class NemoBackend:
         import lightning.pytorch  # noqa: F401  (at its import it asks whether the root has handlers, and must find none)
 
         return "nemo_logger", "lightning.pytorch", "lightning.fabric"
+
+    def packages(self, variant: VariantSpec) -> Sequence[str]:
+        return "nemo_toolkit", "megatron-core", "torch"
 
     def runs(self, variant: VariantSpec) -> bool:
         """All but what is only in Hugging Face PEFT."""

@@ -110,12 +110,10 @@ class Backend(Protocol):
     Attributes:
         host: its name.
         precision: ``32`` or ``bf16``.
-        packages: names of those whose versions are recorded.
     """
 
     host: str
     precision: str
-    packages: tuple[str, ...]
 
     @property
     def base(self) -> str:
@@ -132,6 +130,9 @@ class Backend(Protocol):
 
     def loggers(self) -> Sequence[str]:
         """Loggers that keep what they hear from the root logger; called before anything is logged."""
+
+    def packages(self, variant: VariantSpec) -> Sequence[str]:
+        """Names of those whose versions are recorded."""
 
     def runs(self, variant: VariantSpec) -> bool:
         """Whether the variant is one for this host at all."""

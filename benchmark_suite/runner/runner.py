@@ -171,7 +171,7 @@ class Runner:
             "base": self.backend.base,
             "base_sha256": cell.base_sha256,
             "data_sha256": cell.data_sha256,
-            "versions": {name: version(name) for name in ("nemo_tiedlora", *self.backend.packages)},
+            "versions": {name: version(name) for name in ("nemo_tiedlora", *self.backend.packages(cell.variant))},
         }
 
     def _training(self, cell: Cell) -> Training:

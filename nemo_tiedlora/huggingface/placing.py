@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ALL = "all-linear"
 #: What transformers calls the last layers of models for a task.
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "logits_proj", "regressor")
+HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "classification_head", "logits_proj", "regressor")
 
 
 class Known(NamedTuple):

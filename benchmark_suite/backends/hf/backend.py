@@ -37,7 +37,6 @@ class HfBackend:
     """
 
     host = "hf"
-    packages = ("transformers", "torch")
 
     def __init__(self, base: str | Path, precision: str = "32"):
         self.folder, self.precision = ModelFolder(base), precision
@@ -61,6 +60,9 @@ class HfBackend:
     def loggers(self) -> Sequence[str]:
         """transformers' own."""
         return ("transformers",)
+
+    def packages(self, variant: VariantSpec) -> Sequence[str]:
+        return "transformers", "torch", *(["peft"] if variant.is_peft else [])
 
     def runs(self, variant: VariantSpec) -> bool:
         """All but what is only in NeMo."""

@@ -106,8 +106,10 @@ class Peft(Full):
         variant, rank = training.variant, training.rank
         task = "CAUSAL_LM" if training.head is None else "SEQ_CLS"
         config = config_of(variant, rank, names_of(model, _wanted(variant)), task)
-        sizes = {name: sum(module.weight.shape) for name, module in model.named_modules() if _has_matrix(module)}
         self.heads = heads_of(model)
+        if self.heads:
+            config.modules_to_save = self.heads
+        sizes = {name: sum(module.weight.shape) for name, module in model.named_modules() if _has_matrix(module)}
         self.peft = get_peft_model(model, config)
         self.model = model
         adapted: Any = self.peft.base_model.targeted_module_names

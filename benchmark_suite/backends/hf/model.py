@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto as known
 
-from nemo_tiedlora.facade import UsageError, content_of
+from nemo_tiedlora.facade import UsageError, content_of, heads_of
 
 #: What of a folder makes the base what it is.
 FILES = (
@@ -46,7 +47,7 @@ class ModelFolder:
         try:
             with _quiet():
                 return auto.from_pretrained(self.path, local_files_only=True, trust_remote_code=False, **settings)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError("base", str(self.path), f"transformers cannot load it: {reason}") from None
 
@@ -110,12 +111,20 @@ class ModelFolder:
 
         Args:
             outputs: of its head; None for a model that writes.
+
+        Raises:
+            UsageError: the folder has not all weights but those of the head.
         """
-        torch.manual_seed(0)  # of what the folder has no weights for
-        model = self._read(
+        torch.manual_seed(0)  # of a pooler, which some bases have and some not
+        model, found = self._read(
             self._auto(outputs), config=self._config(outputs), torch_dtype=DTYPES[precision], use_safetensors=True,
-            ignore_mismatched_sizes=outputs is not None,
+            ignore_mismatched_sizes=outputs is not None, output_loading_info=True,
         )  # fmt: skip
+        new = tuple(f"{name}." for name in heads_of(model))
+        missing = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+        for name in sorted(missing):
+            if outputs is None or not (name.startswith(new) or ".pooler." in name):
+                raise UsageError("base", str(self.path), f"{name} is missing in its weights, or of another shape")
         model.generation_config = transformers.GenerationConfig()  # how it would be sampled from is not the suite's
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -64,9 +64,9 @@ def config_of(variant: VariantSpec, rank: int | None, targets: Iterable[str], ta
     """
     name, classes = variant.scheme.removeprefix(PEFT), known()
     if name not in classes:
-        there = [f"{PEFT}{each}" for each in sorted(classes) if each not in REFUSED and not _is_prompt(classes[each])]
+        there = [f"{PEFT}{each}" for each in sorted(classes) if each not in REFUSED and not is_prompt(classes[each])]
         raise UsageError("scheme", variant.scheme, closest(variant.scheme, there)).under(variant.name)
-    if name in REFUSED or _is_prompt(classes[name]):
+    if name in REFUSED or is_prompt(classes[name]):
         reason = REFUSED.get(name, "it puts tokens before the text")
         raise UsageError("scheme", variant.scheme, f"not run here: {reason}").under(variant.name)
     settings = variant.settings_at(rank)
@@ -82,7 +82,8 @@ def config_of(variant: VariantSpec, rank: int | None, targets: Iterable[str], ta
         raise UsageError("settings", settings, f"PEFT refuses them: {error}").under(variant.name) from None
 
 
-def _is_prompt(config: Any) -> bool:
+def is_prompt(config: Any) -> bool:
+    """Whether a config class is of a method that puts tokens before the text."""
     from peft.config import PromptLearningConfig
 
     return issubclass(config, PromptLearningConfig)
