@@ -40,19 +40,19 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-def test_the_command_trains_without_nemo_and_the_report_keeps_hosts_and_heads_apart(models, data_root, tmp_path):
-    sizes = ("--steps", 2, "--limit", 4, "--lrs", "1e-2", "--max-seq-length", 40, "--data-root", data_root)
-    variants = "LoRA,TL6,DynaLoRA,PEFT VeRA"
+def test_the_command_trains_without_nemo(models, data_root, tmp_path):
+    variants = ["LoRA", "DynaLoRA", "PEFT VeRA"]
     done = run("sweep", "--host", "hf", "--base", models("roberta"), "--tasks", "mrpc-v1,stsb-v1",
-               "--variants", variants, *sizes, "--results", tmp_path, "--json")  # fmt: skip
+               "--variants", ",".join(variants), "--steps", 2, "--limit", 4, "--lrs", "1e-2", "--max-seq-length", 40,
+               "--data-root", data_root, "--results", tmp_path, "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)["results"]
-    assert [result["status"] for result in found] == ["done"] * 8
-    assert all(result["host"] == "hf" and result["head"] and result["head_parameters"] for result in found)
-    assert "Some weights" not in done.stderr
-    again = run("sweep", "--host", "hf", "--base", models("roberta"), "--tasks", "mrpc-v1,stsb-v1",
-                "--variants", variants, *sizes, "--results", tmp_path, "--json")  # fmt: skip
-    assert json.loads(again.stdout)["results"] == found
+    assert [(result["task"], result["variant"]) for result in found] == [
+        (task, variant) for task in ("mrpc-v1", "stsb-v1") for variant in variants
+    ]
+    for result in found:
+        assert result["status"] == "done" and result["host"] == "hf" and result["head"], result["error"]
+    assert done.stderr == ""  # nothing of new heads and the like
 
 
 CASES = {

@@ -30,9 +30,8 @@ def test_shipped_variants_train_all_that_they_say(models, data_root, tmp_path):
             with on.trained(training) as trained:
                 after, sizes = trained.trainable, trained.sizes
                 assert all(not torch.equal(tensor, after[name]) for name, tensor in before.items()), name
-                assert sizes["trainable"] + sizes.get("head_parameters", 0) == sum(
-                    map(torch.Tensor.numel, after.values())
-                )
+                counted = sizes["trainable"] + sizes.get("head_parameters", 0)
+                assert counted == sum(tensor.numel() for tensor in after.values())
                 if head is None:
                     assert trained.facts.losses[-1][1] < trained.facts.losses[0][1], name
 
@@ -74,7 +73,10 @@ def test_methods_that_are_not_refused_train(models, data_root, tmp_path):
     too_large = {"c3a", "fourierft", "road", "vblora", "waveft"}
     names = [name for name, config in peft_methods.known().items()
              if name not in {*peft_methods.REFUSED, *too_large} and not peft_methods.is_prompt(config)]  # fmt: skip
-    variants = [VariantSpec(name=name, description=name, scheme=f"peft:{name}") for name in names]
+    ranks = {name: [4] for name in ("miss", "psoft", "shira")}  # theirs are too large as well
+    variants = [
+        VariantSpec(name=name, description=name, scheme=f"peft:{name}", ranks=ranks.get(name, [])) for name in names
+    ]
     assert len(variants) > 20
     for model, task in (("llama", "before-v1"), ("roberta", "stsb-v1")):
         found, _ = hf_cells.swept(models(model), tmp_path, variants, [task], data_root, **SHORT)
