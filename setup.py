@@ -62,6 +62,7 @@ setup(
     extras_require={
         "gguf": ["gguf>=0.17"],  # for quantised weights in GGUF files, smollm2's among them
         "lm_eval": ["lm_eval>=0.4.13,<0.5"],
+        "peft": ["peft>=0.17"],  # for its own methods in the benchmark suite
         "test": ["pytest", "pytest-xdist", "mypy", "ruff", "peft", "lm_eval", "gguf>=0.17", "trl"],
     },
 )
