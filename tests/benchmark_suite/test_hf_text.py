@@ -1,6 +1,7 @@
 """Text that is learned on transformers models: to the numbers of NeMo's workbench, and leaving the base as it was."""
 
 import json
+import shutil
 
 import hf_cells
 import pytest
@@ -13,6 +14,9 @@ from benchmark_suite.backends.hf import objectives
 from benchmark_suite.backends.hf.backend import HfTrained
 from benchmark_suite.backends.hf.fit import Copies
 from nemo_tiedlora import huggingface
+from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.huggingface.bases import base_at
+from nemo_tiedlora.huggingface.given_back import give_back
 
 SHORT = {"steps": 8, "batch_size": 8, "max_seq_length": 56}
 
@@ -39,6 +43,21 @@ def test_both_hosts_train_to_the_same_numbers(models, data_root, tmp_path):
         )
         assert rows == (others if cell.task.id == "before-v1" else [pytest.approx(each, abs=1e-3) for each in others])
         assert (one["host"], other["host"]) == ("hf", "nemo") and cell.hash != twin.hash
+
+
+@pytest.mark.thorough
+def test_both_hosts_train_a_real_model_to_the_same_numbers(data_root, tmp_path):
+    try:
+        give_back(base_at("smollm2"), tmp_path / "model")
+    except UsageError as error:
+        pytest.skip(f"the model cannot be fetched: {error}")
+    recipe = {"steps": 20, "batch_size": 4, "max_seq_length": 64, "val_interval": 10}
+    what = tmp_path / "model", tmp_path, ["TL6"], ["sst2-v1"], data_root
+    (here,), _ = hf_cells.swept(*what, **recipe)
+    with toy.clean_megatron():
+        (there,), _ = hf_cells.swept(*what, host="nemo", **recipe)
+    expected = [[step, pytest.approx(loss, abs=1e-4)] for step, loss in there["validation_losses"]]
+    assert here["validation_losses"] == expected and here["metrics"] == there["metrics"]
 
 
 def test_nothing_is_left_of_a_cell_and_the_same_cell_is_the_same_again(models, tmp_path):
@@ -105,6 +124,14 @@ def test_texts_and_likelihoods_are_those_of_one_at_a_time(trained):
             scores = torch.log_softmax(model(ids).logits[0, start - 1 : -1].double(), -1)
         assert value == pytest.approx(float(scores.gather(1, ids[0, start:, None]).sum()), abs=1e-4)
         assert greedy == bool((scores.argmax(1) == ids[0, start:]).all())
+
+
+def test_text_is_trained_without_dropout_and_sampling_settings_are_left_out(models, tmp_path):
+    folder = shutil.copytree(models("gpt2"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "repetition_penalty": 3.0}))
+    model = backend("hf", folder).folder.load(None, "32")
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    assert not model.generation_config.do_sample and model.generation_config.repetition_penalty == 1.0
 
 
 def test_what_does_not_fit_the_context_loses_its_beginning(trained):
