@@ -33,6 +33,7 @@ NEMO = [
 ]
 GGUF = ["gguf>=0.17"]  # for quantised weights in GGUF files, smollm2's among them
 LM_EVAL = ["lm_eval>=0.4.13,<0.5"]
+PEFT = ["peft>=0.17"]  # for its own methods in the benchmark suite
 
 setup(
     name="nemo_tiedlora",
@@ -64,6 +65,7 @@ setup(
         "nemo": NEMO,
         "gguf": GGUF,
         "lm_eval": LM_EVAL,
-        "test": [*NEMO, *GGUF, *LM_EVAL, "pytest", "pytest-xdist", "mypy", "ruff", "peft", "trl"],
+        "peft": PEFT,
+        "test": [*NEMO, *GGUF, *LM_EVAL, *PEFT, "pytest", "pytest-xdist", "mypy", "ruff", "trl"],
     },
 )

@@ -16,6 +16,7 @@ class Example:
         label: number of the right choice.
         queries: for ranking, the pairs (prompt, continuation) whose log-likelihoods are a prediction, one pair for
             each choice; a continuation starts with the delimiter.
+        texts, number: what a head reads, and the number that it is to say; see ``task_spec.Head``.
     """
 
     id: str
@@ -25,6 +26,8 @@ class Example:
     choices: tuple[str, ...] = ()
     label: int | None = None
     queries: tuple[tuple[str, str], ...] = ()
+    texts: tuple[str, ...] = ()
+    number: float | None = None
 
     @property
     def right(self) -> int:

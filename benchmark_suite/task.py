@@ -1,5 +1,6 @@
 """A task in use: examples of each split, scores of predictions, and one example after another."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,21 @@ class Task:
             pairs = ((prompt, target) for prompt in prompts) if by_choice else ((prompts[0], each) for each in choices)
             queries = tuple((prompt, DELIMITER + continuation) for prompt, continuation in pairs)
         prompt = prompts[right] if by_choice else prompts[0]
-        return Example(identity, prompt, target, self._references(row, target), choices, label, queries)
+        texts, number = self._read_by_head(row)
+        references = self._references(row, target)
+        return Example(identity, prompt, target, references, choices, label, queries, texts, number)
+
+    def _read_by_head(self, row: sources.Row) -> tuple[tuple[str, ...], float | None]:
+        head = self.spec.head
+        if head is None:
+            return (), None
+        texts = tuple(render("head.texts", template, row) for template in head.texts)
+        if head.number is None:
+            return texts, None
+        number = evaluate("head.number", head.number, row)
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise UsageError("head.number", number, "must be a finite number")
+        return texts, float(number)
 
     def _choices(self, row: sources.Row) -> tuple[tuple[str, ...], int | None]:
         prediction = self.spec.prediction

@@ -14,6 +14,9 @@ from nemo_tiedlora.facade import UsageError, check_choice, closest
 SPLITS = ("train", "validation", "test")
 #: What stands between a prompt and what follows it, as in lm-evaluation-harness and NeMo's ``{input} {output}``.
 DELIMITER = " "
+#: Metrics of what heads say: a score for each choice, or a number.
+CLASSES = ("acc", "f1", "mcc")
+NUMBERS = ("pearson", "spearman")
 _ID = re.compile(r"[a-z0-9]+([_-][a-z0-9]+)*-v[1-9][0-9]*")
 
 
@@ -104,6 +107,28 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Head:
+    """What a head on an encoder reads and says, where a decoder writes.
+
+    Args:
+        texts: templates of the text, or of the two texts, that it reads.
+        number: expression for the number that it is to say; without one it chooses among ``prediction.choices``.
+    """
+
+    texts: list[str]
+    number: str | None = None
+
+    def __post_init__(self):
+        check_list("texts", self.texts, str, "one or two templates")
+        if len(self.texts) > 2:
+            raise UsageError("texts", self.texts, "write one or two templates; models take no more texts at a time")
+        for text in self.texts:
+            check_template("texts", text)
+        if self.number is not None:
+            check_expression("number", self.number)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to train for a task, unless said otherwise.
 
@@ -160,6 +185,7 @@ class TaskSpec:
         prediction: how the model answers.
         metrics: names from ``benchmark_suite.metrics``; the first one is the primary one.
         recipe: how to train for it.
+        head: what a head on an encoder reads and says; None: the task is for models that write.
         seed: of everything that is drawn.
         citation: where the task comes from.
         groups: names under which several tasks run together.
@@ -175,6 +201,7 @@ class TaskSpec:
     prediction: Prediction
     metrics: list[str]
     recipe: Recipe
+    head: Head | None = None
     target: str | None = None
     references: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
@@ -199,6 +226,7 @@ class TaskSpec:
         for name, expression in self.fields.items():
             check_expression(f"fields.{name}", expression)
         self._check_metrics()
+        self._check_head()
         check_whole("seed", self.seed, least=0)
         if not isinstance(self.citation, str):
             raise UsageError("citation", self.citation, "must be a text")
@@ -217,6 +245,24 @@ class TaskSpec:
             if metric.choices and self.prediction.choices is None:
                 raise UsageError("metrics", name, "needs prediction.choices and prediction.label")
 
+    def _check_head(self) -> None:
+        if self.head is None:
+            return
+        if self.head.number is None and not isinstance(self.prediction.choices, list):
+            way_out = "a head needs number, or prediction.choices as a list, the same for all rows"
+            raise UsageError("head", self.head.texts, way_out)
+        kind, fitting = ("number", NUMBERS) if self.head.number else ("choice", CLASSES)
+        for name in self.metrics:
+            if name not in fitting:
+                raise UsageError("metrics", name, f"not for a head that says a {kind}; those are {', '.join(fitting)}")
+
+    @property
+    def head_outputs(self) -> int | None:
+        """How many numbers a head says: one for each choice, or the one; None: the task has no head."""
+        if self.head is None:
+            return None
+        return 1 if self.head.number else len(self.prediction.choices or ())
+
     @property
     def primary(self) -> str:
         """The metric by which methods are compared and learning rates chosen."""
@@ -231,7 +277,7 @@ class TaskSpec:
         """
         identity = given.get("id") if isinstance(given, dict) else None
         try:
-            parts = {"source": Source, "prediction": Prediction, "recipe": Recipe}
+            parts = {"source": Source, "prediction": Prediction, "recipe": Recipe, "head": Head}
             built: dict[str, Any] = {
                 name: build(kind, given[name], name) for name, kind in parts.items() if name in given
             }

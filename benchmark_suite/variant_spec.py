@@ -7,6 +7,8 @@ from typing import Any
 from benchmark_suite.declared import build, check_list, check_rates, check_text, plain
 from nemo_tiedlora.facade import UsageError, closest
 
+#: What a scheme begins with that is a method of Hugging Face PEFT, followed by its ``PeftType``: ``peft:vera``.
+PEFT = "peft:"
 #: Baselines, whose settings NeMo checks: scheme → the section of its settings under model.peft, and its setting for
 #: what a rank is to LoRA.
 STOCK: dict[str, tuple[str | None, str | None]] = {
@@ -27,8 +29,9 @@ class VariantSpec:
     Args:
         name: as in tables.
         description: one line, for people.
-        scheme: ``model.peft.peft_scheme``: a method of the plugin, which ``check`` looks for, or one of ``STOCK``.
-        settings: of the scheme, beside its rank.
+        scheme: ``model.peft.peft_scheme``: a method of the plugin, which ``check`` looks for, or one of ``STOCK``; or
+            ``peft:`` and the name of a method of Hugging Face PEFT, for the host ``hf``.
+        settings: of the scheme, beside its rank; of PEFT's, keywords of its config.
         ranks: ranks to compare; of p-tuning, numbers of virtual tokens. Empty where there is nothing of the kind.
         lr: learning rates to choose from where a task names none for this variant; empty: the task's own.
         citation: where the method comes from.
@@ -64,13 +67,20 @@ class VariantSpec:
             check_rates("lr", self.lr)
 
     @property
+    def is_peft(self) -> bool:
+        """Whether it is a method of Hugging Face PEFT."""
+        return self.scheme.startswith(PEFT)
+
+    @property
     def section(self) -> str | None:
         """The section of the settings under ``model.peft``; None for full fine-tuning."""
         return STOCK[self.scheme][0] if self.scheme in STOCK else f"{self.scheme}_tuning"
 
     @property
     def rank_setting(self) -> str | None:
-        """The setting that a rank goes to."""
+        """The setting that a rank goes to; of PEFT's methods, some of which have none, ``r`` where ranks are named."""
+        if self.is_peft:
+            return "r" if self.ranks else None
         return STOCK[self.scheme][1] if self.scheme in STOCK else "rank"
 
     def settings_at(self, rank: int | None = None) -> dict[str, Any]:
@@ -86,18 +96,29 @@ class VariantSpec:
         return self.settings | {self.rank_setting: self.ranks[0] if rank is None else rank}
 
     def overrides(self, rank: int | None = None) -> list[str]:
-        """The variant as Hydra overrides of the fine-tuning job, such as ``model.peft.peft_scheme=vera``."""
+        """The variant as Hydra overrides of the fine-tuning job, such as ``model.peft.peft_scheme=vera``.
+
+        Raises:
+            UsageError: it is PEFT's, which the job does not run.
+        """
+        if self.is_peft:
+            raise UsageError("scheme", self.scheme, "is Hugging Face PEFT's: the suite runs it, with --host hf")
         settings = self.settings_at(rank).items()
         values = (f"model.peft.{self.section}.{name}={_hydra(value)}" for name, value in settings)
         return [f"model.peft.peft_scheme={self.scheme}", *values]
 
     def check(self) -> None:
-        """Have the plugin check the scheme, and its settings at every rank. Imports torch.
+        """Have the plugin, or PEFT, check the scheme and its settings at every rank. Imports torch.
 
         Raises:
             UsageError: an unknown scheme, or what the method's config refuses.
         """
         if self.scheme in STOCK:
+            return
+        if self.is_peft:
+            from benchmark_suite.backends.hf.peft_methods import check
+
+            check(self)
             return
         from nemo_tiedlora.facade import METHODS, OF_YOUR_OWN, config_for
 

@@ -35,6 +35,8 @@ OPTIONAL = {
     "base": TEXT,
     "base_sha256": TEXT,
     "precision": TEXT,
+    "host": TEXT,
+    "head": (bool,),
     "error": TEXT,
 }
 
@@ -78,6 +80,8 @@ class Cell:
     base: str | None = None
     base_sha256: str | None = None
     precision: str | None = None
+    host: str | None = None
+    head: bool = False
     error: str | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""The results with one base model; scores of different bases are never in one table."""
+"""The results with one base model; scores of different bases, or hosts, are never in one table."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -89,10 +89,14 @@ def _short(value: object) -> str:
 
 
 def sections(cells: Sequence[Cell], against: str) -> list[Section]:
-    """Split evaluated cells by base and its precision."""
+    """Split evaluated cells by base and its precision, by host, and by whether they trained a head."""
+    hosts, heads = {cell.host or "nemo" for cell in cells}, {cell.head for cell in cells}
 
     def base(cell: Cell) -> tuple[str, str]:
         name = cell.base or ""
-        return f"{name} in {cell.precision}" if cell.precision not in (None, "32") else name, cell.base_sha256 or ""
+        name += f" in {cell.precision}" if cell.precision not in (None, "32") else ""
+        name += f" on {cell.host or 'nemo'}" if len(hosts) > 1 else ""
+        name += (", heads" if cell.head else ", text") if len(heads) > 1 else ""
+        return name, cell.base_sha256 or ""
 
     return [Section(*key, list(group), against) for key, group in groupby(sorted(cells, key=base), key=base)]

@@ -63,6 +63,7 @@ def _facts(cells: Sequence[Cell], evaluated: Sequence[Cell], broken: Sequence[Br
     seeds = sorted({cell.seed for cell in evaluated})
     return {
         "Base": "; ".join(sorted(bases)),
+        "Host": ", ".join(sorted({cell.host for cell in cells if cell.host})),
         "Cells": (
             f"{len(cells)} read, {len(evaluated)} in the tables, "
             f"{len(cells) - len(evaluated) - failed} only tried on validation, {failed} failed"

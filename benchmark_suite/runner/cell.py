@@ -24,6 +24,8 @@ class Cell:
             cell has won.
         precision: ``32`` or ``bf16``.
         limit: at most this many examples of each split; None: all.
+        host: name of the backend that it is trained by.
+        head: whether a head is trained, and not text.
     """
 
     task: TaskSpec
@@ -35,6 +37,8 @@ class Cell:
     data_sha256: str
     precision: str = "32"
     limit: int | None = None
+    host: str = "nemo"
+    head: bool = False
 
     @property
     def hash(self) -> str:
@@ -45,6 +49,8 @@ class Cell:
             known["variant"].pop(name, None)
         for name in ("lr", "variant_lr"):
             known["task"]["recipe"].pop(name, None)  # the candidates; the one in use is in the cell
+        if not self.head:
+            known["task"].pop("head")
         known["variant"].pop("lr", None)
         known["variant"].pop("ranks", None)
         text = json.dumps(known, sort_keys=True, ensure_ascii=False)
@@ -74,10 +80,13 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def sha256_of_examples(task) -> str:
-    """SHA-256 of what a task trains and validates on (hexadecimal)."""
+def sha256_of_examples(task, head: bool = False) -> str:
+    """SHA-256 of what a task trains and validates on (hexadecimal), with what a head reads if there is one."""
     digest = hashlib.sha256()
     for split in ("train", "validation"):
         for example in task.examples(split):
-            digest.update(json.dumps(asdict(example), ensure_ascii=False).encode())
+            row = asdict(example)
+            if not head:
+                del row["texts"], row["number"]
+            digest.update(json.dumps(row, ensure_ascii=False).encode())
     return digest.hexdigest()

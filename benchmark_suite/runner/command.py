@@ -28,6 +28,13 @@ Part = Annotated[
 Retry = Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")]
 
 
+Host = Annotated[str, typer.Option(help="What trains: nemo; or hf, Hugging Face's transformers without NeMo.")]
+Head = Annotated[
+    bool | None,
+    typer.Option("--head/--text", help="Train a head, or text; by default a head on encoders. On --host hf."),
+]
+
+
 class Precision(StrEnum):
     """Of the base in memory."""
 
@@ -45,6 +52,8 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the run.", min=0)] = 0,
     lr: Annotated[float | None, typer.Option(help="By default the best of the task's, by validation.")] = None,
     base: BaseName = "builtin",
+    host: Host = "nemo",
+    head: Head = None,
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
     variants_path: VariantsPath = None,
@@ -59,7 +68,7 @@ def run(
     """Train one variant on one task and evaluate it."""
     ranks, rates = ([rank] if rank else None), ([lr] if lr else None)
     _sweep(
-        [task], [variant], ranks, [seed], rates, base, data_root, tasks_path, variants_path, limit, steps,
+        [task], [variant], ranks, [seed], rates, base, host, head, data_root, tasks_path, variants_path, limit, steps,
         max_seq_length, precision, None, results, retry_failed, as_json,
     )  # fmt: skip
 
@@ -71,6 +80,8 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0",
     lrs: Annotated[str | None, typer.Option(help="Learning rates; by default the task's candidates.")] = None,
     base: BaseName = "builtin",
+    host: Host = "nemo",
+    head: Head = None,
     data_root: DataRoot = None,
     tasks_path: TasksPath = None,
     variants_path: VariantsPath = None,
@@ -86,38 +97,37 @@ def sweep(
     """Cross tasks with variants. Stopped at any moment, the same command goes on where it was."""
     _sweep(
         tasks.split(","), variants.split(","), ranks and _numbers("ranks", ranks, int), _numbers("seeds", seeds, int),
-        lrs and _numbers("lrs", lrs, float), base, data_root, tasks_path, variants_path, limit, steps, max_seq_length,
-        precision, part, results, retry_failed, as_json,
+        lrs and _numbers("lrs", lrs, float), base, host, head, data_root, tasks_path, variants_path, limit, steps,
+        max_seq_length, precision, part, results, retry_failed, as_json,
     )  # fmt: skip
 
 
 def _sweep(
-    tasks, variants, ranks, seeds, rates, base, data_root, tasks_path, variants_path, limit, steps, max_seq_length,
-    precision, part, results, retry_failed, as_json,
+    tasks, variants, ranks, seeds, rates, base, host, head, data_root, tasks_path, variants_path, limit, steps,
+    max_seq_length, precision, part, results, retry_failed, as_json,
 ):  # fmt: skip
     from benchmark_suite.runner.guard import survive
 
     first = survive(results) == 0
     from benchmark_suite import registry
+    from benchmark_suite.backends import backend as backend_on
     from benchmark_suite.runner import sweep as sweeping
     from benchmark_suite.runner.runner import Runner
-    from nemo_tiedlora.facade import BUILTIN, base_at, check_output, show, use_one_thread, wait_passively
+    from nemo_tiedlora.facade import check_output, show, wait_passively
 
     wait_passively()
     for folder in tasks_path or ():
         registry.register_folder(folder)
     for folder in variants_path or ():
         registry.register_variants(folder)
-    chosen = sweeping.variants_named(variants)
+    backend = backend_on(host, base, str(precision))
+    chosen = sweeping.variants_named(variants, backend)
     with_data = sweeping.tasks_named(tasks, data_root, limit, steps=steps, max_seq_length=max_seq_length)
-    if base == BUILTIN:
-        use_one_thread()
     check_output(results, "results")
-    base = base_at(base)
-    cells = sweeping.matrix(with_data, chosen, base, ranks, seeds, rates, limit, str(precision))
+    cells = sweeping.matrix(with_data, chosen, backend, ranks, seeds, rates, limit, head)
     if part:
         cells = sweeping.part_of(cells, part)
-    with Runner(base, results, with_data, str(precision)) as runner:
+    with Runner(backend, results, with_data) as runner:
         found = sweeping.sweep(runner, cells, retry_failed and first)
     if as_json:
         show({"results": found}, True)

@@ -3,59 +3,46 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmark_suite.backends import Backend
+from benchmark_suite.backends.protocol import Progress, Trained, Training
 from benchmark_suite.metrics import METRICS, Score
 from benchmark_suite.runner.cell import Cell, read
 from benchmark_suite.runner.log import LOG, logged
 from benchmark_suite.runner.memory import PeakMemory
 from benchmark_suite.task import Prediction, Task
-from benchmark_suite.variant_spec import STOCK
 from nemo_tiedlora.facade import replacing, write_text
 
 if TYPE_CHECKING:
-    from nemo_tiedlora.facade import Job, Workbench
+    from torch import Tensor
 
 #: Starts of a cell that ended without a result (killed, out of memory) before it counts as failed.
 ATTEMPTS = 2
-#: Padded tokens of a micro-batch, at most.
-TOKENS = 8192
-
-Progress = Callable[[int, int], None]
 
 
 class Runner:
     """Everything a cell needs, loaded once.
 
     Args:
-        base: a base model, ``.nemo``.
+        backend: what trains, on the base of all cells; the runner ends it.
         results: folder with one folder per cell.
         tasks: the tasks in use, by id, with their data.
-        precision: of the base in memory, and so of all cells.
     """
 
-    def __init__(self, base: Path, results: Path, tasks: dict[str, Task], precision: str = "32"):
-        self.base, self.results, self.tasks, self.precision = base, results, tasks, precision
-        self._bench: Workbench | None = None
-        self._until_exit = ExitStack()
+    def __init__(self, backend: Backend, results: Path, tasks: dict[str, Task]):
+        self.backend, self.results, self.tasks = backend, results, tasks
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
-        self._until_exit.__exit__(*exception)
-
-    @property
-    def bench(self) -> "Workbench":
-        """The base in memory; loaded when the first cell needs it."""
-        if self._bench is None:
-            from nemo_tiedlora.facade import workbench
-
-            self._bench = self._until_exit.enter_context(workbench(self.base, self.precision))
-        return self._bench
+        self.backend.__exit__(*exception)
 
     def state(self, cell: Cell) -> str:
         """``new``, ``trained``, ``done`` or ``failed``."""
@@ -69,20 +56,20 @@ class Runner:
     def train(self, cell: Cell, progress: Progress | None = None) -> dict[str, Any]:
         """Train a cell and evaluate it on the validation split."""
         with self._recorded(cell) as result, PeakMemory() as memory:
-            bench = self.bench  # loading it belongs to no cell
+            training = self._training(cell)
+            self.backend.load(training)
             folder, started = cell.folder(self.results), time.perf_counter()
-            with bench.trained(self._job(cell), progress=progress) as trained:
+            with self.backend.trained(training, progress=progress) as trained:
                 predictions = self._predictions(trained, cell, "validation")
                 scores = self._scores(cell, predictions, "validation")
                 result["validation"] = _values(scores)
                 LOG.info("validation: %s", _told(scores))
-                trained.save(folder / "adapter.nemo")
+                adapter_bytes = trained.save(folder)
                 _save_weights(folder / "weights.safetensors", trained.trainable)
                 facts = trained.facts
-                result |= {
+                result |= trained.sizes | {
                     "status": "trained",
-                    "trainable": sum(tensor.numel() for tensor in trained.trainable.values()),
-                    "adapter_bytes": (folder / "adapter.nemo").stat().st_size,
+                    "adapter_bytes": adapter_bytes,
                     "tokens_per_second": round(facts.tokens / max(facts.seconds, 1e-9)),
                     "steps": facts.steps,
                     "best_step": facts.best_step,
@@ -90,7 +77,6 @@ class Runner:
                 }
             result["seconds"] = round(time.perf_counter() - started, 2)
         if result["status"] != "failed":
-            result |= self._sizes(cell, result["trainable"])
             result["peak_memory_bytes"] = memory.bytes
             self._write(cell, result)
         return result
@@ -102,7 +88,7 @@ class Runner:
         folder = cell.folder(self.results)
         with self._recorded(cell) as result:
             weights = load_file(folder / "weights.safetensors")
-            with self.bench.trained(self._job(cell), weights) as trained:
+            with self.backend.trained(self._training(cell), weights) as trained:
                 predictions = {
                     split: self._predictions(trained, cell, split) for split in self.tasks[cell.task.id].tests
                 }
@@ -147,7 +133,7 @@ class Runner:
         started = read(folder / "started.json") or {"attempts": 0}
         write_text(folder / "started.json", json.dumps({"attempts": started["attempts"] + 1}))
         try:
-            with logged(folder / "log.txt"):
+            with logged(folder / "log.txt", self.backend.loggers()):
                 LOG.info("%s, %s, %s", cell.task.id, cell.variant.name, cell.name)
                 try:
                     yield result
@@ -180,51 +166,39 @@ class Runner:
             "recipe": cell.task.to_dict()["recipe"],
             "limit": cell.limit,
             "precision": cell.precision,
-            "base": self.base.name,
+            "host": cell.host,
+            "head": cell.head,
+            "base": self.backend.base,
             "base_sha256": cell.base_sha256,
             "data_sha256": cell.data_sha256,
-            "versions": _versions(),
+            "versions": {name: version(name) for name in ("nemo_tiedlora", *self.backend.packages(cell.variant))},
         }
 
-    def _job(self, cell: Cell) -> "Job":
-        from nemo_tiedlora.facade import Job
-
-        recipe, settings = cell.task.recipe, cell.variant.settings_at(cell.rank)
-        if cell.variant.scheme not in STOCK:
-            settings = {"seed": cell.seed} | settings
-        files = self._files(cell)
-        return Job(
-            scheme=cell.variant.scheme,
-            peft={cell.variant.section: settings} if cell.variant.section else {},
-            train=files["train"],
-            validation=files["validation"],
-            steps=recipe.steps,
+    def _training(self, cell: Cell) -> Training:
+        task = self.tasks[cell.task.id]
+        return Training(
+            variant=cell.variant,
+            rank=cell.rank,
+            train=task.examples("train"),
+            validation=task.examples("validation"),
+            recipe=cell.task.recipe,
             lr=cell.lr,
-            batch_size=recipe.batch_size,
-            micro_batch_size=_micro_batch(recipe.batch_size, recipe.max_seq_length),
-            max_length=recipe.max_seq_length,
-            validate_every=recipe.val_interval,
-            warmup=min(recipe.warmup_steps, recipe.steps - 1),
-            patience=recipe.patience,
             seed=cell.seed,
+            files=self.results / ".data" / f"{cell.task.id}-{cell.data_sha256[:12]}",
+            head=cell.task.head_outputs if cell.head else None,
+            score=partial(self._score_of_head, cell) if cell.head else None,
         )
 
-    def _files(self, cell: Cell) -> dict[str, Path]:
-        """Training and validation rows as files, one pair for all cells of the same data."""
-        folder = self.results / ".data" / f"{cell.task.id}-{cell.data_sha256[:12]}"
-        files = {split: folder / f"{split}.jsonl" for split in ("train", "validation")}
-        for split, path in files.items():
-            if not path.exists():
-                rows = [
-                    {"input": each.prompt, "output": each.target} for each in self.tasks[cell.task.id].examples(split)
-                ]
-                write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return files
+    def _score_of_head(self, cell: Cell, outputs: Sequence[Sequence[float]]) -> float:
+        predictions = [_said(cell, each) for each in outputs]
+        return self.tasks[cell.task.id].score(predictions, "validation")[cell.task.primary].value
 
-    def _predictions(self, trained, cell: Cell, split: str) -> list[Prediction]:
+    def _predictions(self, trained: Trained, cell: Cell, split: str) -> list[Prediction]:
         examples, prediction = self.tasks[cell.task.id].examples(split), cell.task.prediction
+        if cell.head:
+            return [_said(cell, each) for each in trained.outputs([example.texts for example in examples])]
         if prediction.kind == "generate":
-            texts = trained.generate([each.prompt for each in examples], prediction.max_tokens)
+            texts = trained.generate([each.prompt for each in examples], prediction.max_tokens or 0)
             return [_stopped(text, prediction.stop) for text in texts]
         found = iter(trained.log_likelihoods([query for each in examples for query in each.queries]))
         return [[next(found)[0] for _ in each.queries] for each in examples]
@@ -243,17 +217,6 @@ class Runner:
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         name = f"predictions{split.removeprefix('test')}.jsonl"
         write_text(cell.folder(self.results) / name, "".join(lines))
-
-    def _sizes(self, cell: Cell, trainable: int) -> dict[str, Any]:
-        """Share of the parameters of LoRA on the same layers at the same rank; of QKV at rank 8 if there is none."""
-        from nemo_tiedlora.facade import TiedConfig, config_for, lora_size, sizes
-
-        model = self.bench.model.cfg
-        if cell.variant.scheme in STOCK:
-            percent = 100 * trainable / lora_size(TiedConfig(preset="LoRA", rank=cell.rank or 8), model)
-            return {"stored": trainable, "percent_of_lora": round(percent, 2)}
-        found = sizes(config_for(cell.variant.scheme, cell.variant.settings_at(cell.rank)), model)
-        return {"stored": found.stored, "percent_of_lora": found.percent_of_lora}
 
     def _write(self, cell: Cell, result: dict[str, Any]) -> None:
         write_text(cell.folder(self.results) / "result.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -282,19 +245,15 @@ def _stopped(text: str, stops: list[str]) -> str:
     return text[: min(ends, default=len(text))].removeprefix(" ")
 
 
-def _micro_batch(batch_size: int, length: int) -> int:
-    fitting = [size for size in range(1, batch_size + 1) if batch_size % size == 0 and size * length <= TOKENS]
-    return max(fitting, default=1)
+def _said(cell: Cell, outputs: Sequence[float]) -> Prediction:
+    """What a head says, as a prediction: a score for each choice, or a number, which metrics read as text."""
+    if cell.task.head and cell.task.head.number:
+        return repr(outputs[0])
+    return list(outputs)
 
 
-def _save_weights(path: Path, tensors: dict) -> None:
+def _save_weights(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     from safetensors.torch import save_file
 
     with replacing(path) as unfinished:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, unfinished)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("nemo_tiedlora", "nemo_toolkit", "megatron-core", "torch")}

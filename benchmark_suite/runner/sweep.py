@@ -3,62 +3,60 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmark_suite import registry
+from benchmark_suite.backends import Backend
 from benchmark_suite.runner.cell import Cell, sha256_of_examples
 from benchmark_suite.runner.runner import Runner
 from benchmark_suite.task import Task
 from benchmark_suite.variant_spec import VariantSpec
-from nemo_tiedlora.facade import METHODS, UsageError, check_fit, config_for, nemo_config, sha256_of
+from nemo_tiedlora.facade import UsageError
 
 
 def matrix(
     tasks: dict[str, Task],
     variants: Sequence[VariantSpec],
-    base: Path,
+    backend: Backend,
     ranks: Sequence[int] | None,
     seeds: Sequence[int],
     rates: Sequence[float] | None,
     limit: int | None,
-    precision: str = "32",
+    head: bool | None = None,
 ) -> list[Cell]:
     """Every cell, tasks first.
 
     Args:
         ranks: None takes each variant's first. rates: None takes the task's candidates for the variant.
+        head: whether to train heads, and not text; None: as the base is made for.
 
     Raises:
-        UsageError: the base is no ``.nemo``, or a variant does not fit it.
+        UsageError: the base does not do a task, or a variant does not fit it.
     """
-    model, base_sha256 = nemo_config(base, "base"), sha256_of(base)
     own_ranks = {each.name: (ranks or each.ranks[:1]) if each.rank_setting else [None] for each in variants}
+    base_sha256 = backend.base_sha256
+    heads = {id: backend.has_head(task.spec, head) for id, task in tasks.items()}
     for variant in variants:
         for rank in own_ranks[variant.name]:
-            _check_fit(variant, rank, model)
+            for with_head in sorted(set(heads.values())):
+                backend.check(variant, rank, with_head)
     cells = []
-    for task in tasks.values():
-        data_sha256 = sha256_of_examples(task)
+    for id, task in tasks.items():
+        data_sha256 = sha256_of_examples(task, heads[id])
         for variant in variants:
             candidates = rates or task.spec.recipe.rates(variant)
             for rank in own_ranks[variant.name]:
                 for seed in seeds:
                     cells += [
-                        Cell(task.spec, variant, rank, seed, rate, base_sha256, data_sha256, precision, limit)
+                        Cell(
+                            task.spec, variant, rank, seed, rate, base_sha256, data_sha256, backend.precision,
+                            limit, backend.host, heads[id],
+                        )
                         for rate in candidates
-                    ]
+                    ]  # fmt: skip
     return cells
-
-
-def _check_fit(variant: VariantSpec, rank: int | None, model: Any) -> None:
-    if variant.scheme in METHODS:
-        try:
-            check_fit(config_for(variant.scheme, variant.settings_at(rank)), model)
-        except UsageError as error:
-            raise error.under(variant.name) from None
 
 
 def tasks_named(names: Iterable[str], data_root: Path | None, limit: int | None, **recipe) -> dict[str, Task]:
@@ -81,11 +79,12 @@ def tasks_named(names: Iterable[str], data_root: Path | None, limit: int | None,
     return tasks
 
 
-def variants_named(names: Iterable[str]) -> list[VariantSpec]:
-    """Variants by name; ``all`` is every one. Their settings are checked."""
+def variants_named(names: Iterable[str], backend: Backend) -> list[VariantSpec]:
+    """Variants by name; ``all`` is every one that the backend runs. Their settings are checked."""
     found: dict[str, VariantSpec] = {}
     for name in names:
-        for each in registry.list_variants() if name == "all" else [name]:
+        every = [each for each in registry.list_variants() if name == "all" and backend.runs(registry.variant(each))]
+        for each in every or [name]:
             variant = registry.variant(each)
             variant.check()
             found[variant.name] = variant

@@ -21,7 +21,7 @@ FILE = "heads.safetensors"
 #: In the file's metadata: the modules' names, as JSON.
 MODULES = "modules"
 #: What transformers calls the last layers of models for a task.
-HEADS = ("classifier", "score", "qa_outputs", "classification_head", "logits_proj", "regressor")
+HEADS = ("classifier", "pre_classifier", "score", "qa_outputs", "classification_head", "logits_proj", "regressor")
 
 
 def heads_of(model: nn.Module) -> list[str]:

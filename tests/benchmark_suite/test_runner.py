@@ -15,6 +15,7 @@ import torch
 import toy
 
 import benchmark_suite
+from benchmark_suite.backends import backend
 from benchmark_suite.runner import sweep as sweeping
 from benchmark_suite.runner.cell import Cell
 from benchmark_suite.runner.runner import ATTEMPTS, Runner
@@ -39,10 +40,11 @@ def runner(base, tmp_path):
 
     def make(variants=("TL6",), rates=(1e-2,), results="results", **changes):
         tasks = sweeping.tasks_named(["before-v1"], None, SHORT["limit"], steps=SHORT["steps"])
-        one = Runner(base, tmp_path / results, tasks).__enter__()
+        one = Runner(backend("nemo", base), tmp_path / results, tasks).__enter__()
         opened.append(one)
-        chosen = sweeping.variants_named(variants)
-        return one, sweeping.matrix(tasks, chosen, base, changes.get("ranks"), [0], list(rates), SHORT["limit"])
+        chosen = sweeping.variants_named(variants, one.backend)
+        ranks = changes.get("ranks")
+        return one, sweeping.matrix(tasks, chosen, one.backend, ranks, [0], list(rates), SHORT["limit"])
 
     with toy.clean_megatron():
         yield make
@@ -76,7 +78,7 @@ def test_the_same_seed_gives_the_same_files_and_done_cells_are_left_alone(runner
         assert ("metrics" in result) is result["selected"]
         assert result["trainable"] > 0 and result["adapter_bytes"] > 0 and result["peak_memory_bytes"] > 0
     again, cells = runner(("TL6", "CondLoRA"), rates=(1e-2, 1e-3), results="again")
-    again._bench = first.bench  # the very base that other cells have used
+    again.backend._bench = first.backend.bench  # the very base that other cells have used
     sweeping.sweep(again, cells, show=False)
     assert contents(tmp_path / "again") == contents(tmp_path / "results")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
@@ -120,8 +122,9 @@ def test_every_split_to_test_on_is_tested(base, data_root, tmp_path):
     shutil.copytree(data_root / "mnli", root / "mnli")
     shutil.copy(root / "mnli" / "test.jsonl", root / "mnli" / "test_mismatched.jsonl")
     tasks = sweeping.tasks_named(["mnli-v1"], root, None, steps=2)
-    cells = sweeping.matrix(tasks, sweeping.variants_named(["TL6"]), base, None, [0], [1e-2], None)
-    with toy.clean_megatron(), Runner(base, tmp_path / "results", tasks) as one:
+    nemo = backend("nemo", base)
+    cells = sweeping.matrix(tasks, sweeping.variants_named(["TL6"], nemo), nemo, None, [0], [1e-2], None)
+    with toy.clean_megatron(), Runner(nemo, tmp_path / "results", tasks) as one:
         (found,) = sweeping.sweep(one, cells, show=False)
     assert found["metrics"]["acc"] == found["metrics"]["acc_mismatched"]
     files = [cells[0].folder(tmp_path / "results") / f"predictions{which}.jsonl" for which in ("", "_mismatched")]
@@ -155,7 +158,7 @@ def test_being_stopped_is_no_fault_of_a_cell(runner, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(one.bench), "trained", stopped)
+        patched.setattr(type(one.backend.bench), "trained", stopped)
         for _ in range(ATTEMPTS + 1):
             with pytest.raises(KeyboardInterrupt):
                 sweeping.sweep(one, [cell], show=False)
@@ -194,20 +197,20 @@ def test_baselines_leave_the_base_as_it_was(runner):
 def test_in_bfloat16_too(base, tmp_path):
     names = ["TL6", "DynaLoRA", "full", "selective", "parallel adapter"]
     tasks = sweeping.tasks_named(["before-v1"], None, 8, steps=4)
-    chosen = sweeping.variants_named(names)
-    cells = sweeping.matrix(tasks, chosen, base, None, [0], [1e-2], 8, "bf16")
-    with toy.clean_megatron(), Runner(base, tmp_path, tasks, "bf16") as one:
+    nemo = backend("nemo", base, "bf16")
+    cells = sweeping.matrix(tasks, sweeping.variants_named(names, nemo), nemo, None, [0], [1e-2], 8)
+    with toy.clean_megatron(), Runner(nemo, tmp_path, tasks) as one:
         found = sweeping.sweep(one, cells, show=False)
         one.forget(cells[0])
         (again,) = sweeping.sweep(one, cells[:1], show=False)
-        kinds = {parameter.dtype for parameter in one.bench.model.parameters()}
+        kinds = {parameter.dtype for parameter in one.backend.bench.model.parameters()}
     assert [result["error"] for result in found] == [None] * len(names)
     assert again["validation_losses"] == found[0]["validation_losses"]
     assert kinds == {torch.bfloat16}
 
 
 def test_parts_of_a_sweep_are_all_of_it():
-    spec, variants = benchmark_suite.spec("before-v1"), sweeping.variants_named(["TL6", "LoRA"])
+    spec, variants = benchmark_suite.spec("before-v1"), list(map(benchmark_suite.variant, ["TL6", "LoRA"]))
     cells = [
         Cell(spec, variant, 8, seed, rate, "base", "data")
         for variant in variants for seed in range(4) for rate in (1e-2, 1e-3)

@@ -58,6 +58,12 @@ def test_specs_survive_json_and_yaml(id, tmp_path):
         ("recipe.steps", 0, "recipe.steps=0"),
         ("recipe", {"lr": [1e-3]}, "recipe.steps=None: missing"),
         ("source.path", "x/y", "source.path='x/y': name one source"),
+        ("head", {"texts": []}, "head.texts=[]: write a list of one or two templates"),
+        ("head", {"texts": ["{{ a }}", "{{ b }}", "{{ c }}"]}, "write one or two templates"),
+        ("head", {"texts": ["{{ thing"]}, "head.texts='{{ thing': not valid Jinja"),
+        ("head", {"texts": ["{{ thing }}"], "number": "1 +"}, "head.number='1 +': not valid Jinja"),
+        ("head", {"texts": ["{{ thing }}"], "number": "size"}, "metrics='acc': not for a head that says a number"),
+        ("head", {"text": ["{{ thing }}"]}, "head.text=['{{ thing }}']: unknown field; did you mean 'texts'?"),
         ("source.splits", {"train": "train"}, "source.splits={'train': 'train'}: has no 'validation'"),
         ("fields", {"a": "1 +"}, "fields.a='1 +': not valid Jinja"),
     ],
@@ -130,7 +136,11 @@ def test_the_plugin_accepts_every_variant(name):
     variant = benchmark_suite.variant(name)
     variant.check()
     assert benchmark_suite.VariantSpec.from_dict(json.loads(json.dumps(variant.to_dict()))) == variant
-    assert variant.overrides()[0] == f"model.peft.peft_scheme={variant.scheme}"
+    if variant.is_peft:
+        with pytest.raises(UsageError, match="--host hf"):
+            variant.overrides()
+    else:
+        assert variant.overrides()[0] == f"model.peft.peft_scheme={variant.scheme}"
 
 
 def test_variants_become_overrides():
@@ -152,6 +162,12 @@ def test_variants_become_overrides():
         ({"settings": {"rank": 3}}, "set it by ranks"),
         ({"settings": {"presett": "TL6"}}, "did you mean 'preset'"),
         ({"settings": {"preset": "TL9"}}, "preset='TL9'"),
+        ({"scheme": "peft:veraa"}, "did you mean 'peft:vera'"),
+        ({"scheme": "peft:lora", "settings": {"use_dor": True}}, "settings.use_dor=True: did you mean 'use_dora'"),
+        ({"scheme": "peft:lora", "settings": {"r": 8}}, "settings.r=8: set it by ranks"),
+        ({"scheme": "peft:oft", "settings": {"oft_block_size": 4}}, "PEFT refuses them: You can only specify either r"),
+        ({"scheme": "peft:adalora"}, "not run here: it changes ranks"),
+        ({"scheme": "peft:p_tuning"}, "not run here: it puts tokens before the text"),
     ],
 )
 def test_bad_variants_are_named(change, message):

@@ -1,0 +1,1 @@
+"""Hugging Face's transformers, without NeMo: text is learned by decoders, heads by encoders."""
