@@ -39,6 +39,7 @@ setup(
         "hydra-core>=1.3.2,<1.4",
         "omegaconf>=2.3,<2.4",
         "datasets<4",
+        "gymnasium>=1.0",
         "jinja2",
         "matplotlib",
         "numpy<2",
