@@ -16,7 +16,18 @@ CLI = ["matplotlib", "pyyaml", "rich", "typer>=0.12.5"]
 #: Models of transformers: adapters on them, and they as bases.
 HF = [*CLI, "sentencepiece", "tokenizers", "transformers>=4.51,<5"]
 #: The benchmark suite.
-SUITE = [*CLI, "datasets<4", "jinja2", "pyarrow", "rouge_score", "ruamel.yaml", "sacrebleu", "scikit-learn", "scipy"]
+SUITE = [
+    *CLI,
+    "datasets<4",
+    "gymnasium>=1.0",
+    "jinja2",
+    "pyarrow",
+    "rouge_score",
+    "ruamel.yaml",
+    "sacrebleu",
+    "scikit-learn",
+    "scipy",
+]
 #: NeMo and all that runs on it, the suite among them.
 NEMO = [
     *HF,

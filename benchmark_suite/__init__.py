@@ -2,9 +2,12 @@
 
     import benchmark_suite
 
-    task = benchmark_suite.make("gsm8k-v1", data_root="data")
-    example = task.reset("validation")
-    reward = task.step("... #### 42")
+    env = benchmark_suite.make("gsm8k-v1", data_root="data")  # a Gymnasium environment
+    prompt, info = env.reset(seed=0)
+    prompt, reward, terminated, truncated, info = env.step("... #### 42")
+
+    task = benchmark_suite.load_task("gsm8k-v1", data_root="data")
+    scores = task.score([example.target for example in task.examples("validation")])
 
 Importing this package is cheap: libraries are imported by what needs them.
 """
@@ -13,11 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from benchmark_suite.environment import TaskEnvironment
     from benchmark_suite.example import Example
     from benchmark_suite.registry import (
         list_groups,
         list_tasks,
         list_variants,
+        load_task,
         make,
         register,
         register_folder,
@@ -31,10 +36,12 @@ if TYPE_CHECKING:
     from benchmark_suite.variant_spec import VariantSpec
 
 _HOMES = {
+    "environment": ("TaskEnvironment",),
     "registry": (
         "list_groups",
         "list_tasks",
         "list_variants",
+        "load_task",
         "make",
         "register",
         "register_folder",
@@ -53,11 +60,13 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Example",
     "Task",
+    "TaskEnvironment",
     "TaskSpec",
     "VariantSpec",
     "list_groups",
     "list_tasks",
     "list_variants",
+    "load_task",
     "make",
     "register",
     "register_folder",

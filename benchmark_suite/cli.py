@@ -84,7 +84,7 @@ def show(
         if data_root or "generated" in facts["source"] or "folder" in facts["source"]:
             from dataclasses import asdict
 
-            facts["example"] = asdict(registry.make(id, data_root, limit=1).examples("validation")[0])
+            facts["example"] = asdict(registry.load_task(id, data_root, limit=1).examples("validation")[0])
     # By way of JSON, so that tuples are lists to YAML too.
     plain = json.dumps(facts, indent=2, ensure_ascii=False)
     print(plain if as_json else declared.text(json.loads(plain)), end="\n" if as_json else "")

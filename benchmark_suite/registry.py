@@ -1,5 +1,6 @@
 """Tasks and variants by name, in the manner of Gymnasium."""
 
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -10,6 +11,7 @@ from benchmark_suite.variant_spec import VariantSpec
 from nemo_tiedlora.facade import UsageError, closest
 
 if TYPE_CHECKING:
+    from benchmark_suite.environment import TaskEnvironment
     from benchmark_suite.task import Task
 
 _HERE = Path(__file__).parent
@@ -57,6 +59,7 @@ def register(spec: TaskSpec) -> None:
         UsageError: another one of this id is there.
     """
     _tasks().add(spec.id, spec)
+    _as_environments([spec.id])
 
 
 def register_folder(path: str | Path) -> list[str]:
@@ -75,6 +78,7 @@ def register_folder(path: str | Path) -> list[str]:
     for each in found:
         together.add(each.id, each)
     _tasks().update(together)
+    _as_environments([each.id for each in found])
     return [each.id for each in found]
 
 
@@ -116,7 +120,24 @@ def spec(id: str) -> TaskSpec:
     return _tasks()[id]
 
 
-def make(id: str, data_root: str | Path | None = None, limit: int | None = None) -> "Task":
+def make(id: str, data_root: str | Path | None = None, limit: int | None = None) -> "TaskEnvironment":
+    """A task as a Gymnasium environment, which gives an example after the other and takes the answers.
+
+    Args:
+        data_root, limit: as for ``load_task``.
+
+    Raises:
+        UsageError: unknown, with the closest id; or no such folder.
+    """
+    spec(id)
+    import gymnasium
+
+    from benchmark_suite.environment import NAMESPACE
+
+    return gymnasium.make(f"{NAMESPACE}/{id}", data_root=data_root, limit=limit).unwrapped  # type: ignore[return-value]
+
+
+def load_task(id: str, data_root: str | Path | None = None, limit: int | None = None) -> "Task":
     """A task with its data, usable without any model.
 
     Args:
@@ -160,6 +181,13 @@ def variant(name: str) -> VariantSpec:
 def list_variants() -> list[str]:
     """The names of all variants."""
     return list(_variants())
+
+
+def _as_environments(ids: list[str]) -> None:
+    """Tell Gymnasium of further tasks, where it knows of the others."""
+    if environment := sys.modules.get("benchmark_suite.environment"):
+        for id in ids:
+            environment.register(id)
 
 
 def _read_tasks(folder: Path) -> list[TaskSpec]:

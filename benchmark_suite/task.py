@@ -1,4 +1,4 @@
-"""A task in use: examples of each split, scores of predictions, and one example after another."""
+"""A task in use: examples of each split, and scores of predictions."""
 
 import math
 from collections.abc import Sequence
@@ -25,8 +25,6 @@ class Task:
     Attributes:
         spec: what the task is.
         accesses: (split, where its rows were) of every split opened so far.
-        example: what ``step`` expects a prediction for; None before ``reset`` and after the last example.
-        predictions: those given to ``step`` since ``reset``.
     """
 
     def __init__(self, spec: TaskSpec, data_root: str | Path | None = None, limit: int | None = None):
@@ -37,10 +35,7 @@ class Task:
         self.spec, self.limit = spec, limit
         self.data_root = None if data_root is None else Path(data_root)
         self.accesses: list[tuple[str, str]] = []
-        self.example: Example | None = None
-        self.predictions: list[Prediction] = []
         self._examples: dict[str, list[Example]] = {}
-        self._split = "validation"
 
     def examples(self, split: str = "validation") -> list[Example]:
         """All examples of a split, at most ``limit``.
@@ -83,42 +78,25 @@ class Task:
         Raises:
             UsageError: too few or too many, or not of the task's kind.
         """
-        return self._score(predictions, self.examples(split))
+        return self.score_of(predictions, self.examples(split))
 
-    def reset(self, split: str = "validation") -> Example:
-        """Start a split from its beginning; the first example."""
-        self._split, self.predictions = split, []
-        self.example = self.examples(split)[0]
-        return self.example
-
-    def step(self, prediction: Prediction) -> float:
-        """The reward for a prediction on ``example``, which becomes the next one or None.
-
-        The reward is the primary metric on this one example, or for a metric that needs a whole corpus what comes
-        closest to it: sentence BLEU, whether the choice is right, or the negative distance from the true number.
-
-        Raises:
-            UsageError: no example is left, or the prediction is not of the task's kind.
-        """
-        if self.example is None:
-            raise UsageError("step", prediction, "no example is left; call reset first")
-        metric = METRICS[self.spec.primary]
-        self._check(prediction, self.example)
-        if metric.reward:
-            reward = metric.reward(prediction, self.example)
-        else:
-            reward = metric.compute([prediction], [self.example]).value
-        self.predictions.append(prediction)
-        examples = self.examples(self._split)
-        self.example = examples[len(self.predictions)] if len(self.predictions) < len(examples) else None
-        return reward
-
-    def _score(self, predictions: Sequence[Prediction], examples: list[Example]) -> dict[str, Score]:
+    def score_of(self, predictions: Sequence[Prediction], examples: Sequence[Example]) -> dict[str, Score]:
+        """As ``score``, of any of the task's examples."""
         if len(predictions) != len(examples):
             raise UsageError("predictions", len(predictions), f"the split has {len(examples)} examples")
         for pair in zip(predictions, examples, strict=True):
             self._check(*pair)
         return {name: METRICS[name].compute(predictions, examples) for name in self.spec.metrics}
+
+    def reward(self, prediction: Prediction, example: Example) -> float:
+        """The primary metric on one example, or for a metric that needs a whole corpus what comes closest to it.
+
+        Raises:
+            UsageError: the prediction is not of the task's kind.
+        """
+        metric = METRICS[self.spec.primary]
+        self._check(prediction, example)
+        return metric.reward(prediction, example) if metric.reward else metric.compute([prediction], [example]).value
 
     def _check(self, prediction: Prediction, example: Example) -> None:
         if self.spec.prediction.kind == "generate":

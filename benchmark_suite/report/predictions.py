@@ -1,6 +1,7 @@
 """What single test examples add to a cell's score, which is what variants are compared by."""
 
 import json
+from collections.abc import Callable
 
 import numpy
 
@@ -45,5 +46,10 @@ def scores(cell: Cell) -> dict[str, numpy.ndarray]:
 
 def value(metric: str, sums: numpy.ndarray) -> numpy.ndarray:
     """A metric of several corpora from their sums over examples, (corpora, numbers per example)."""
-    combine = METRICS[metric].combine if metric in METRICS else None
+    combine = combined(metric)
     return combine(sums) if combine else sums[:, 0] / sums[:, 1]
+
+
+def combined(metric: str) -> Callable[[numpy.ndarray], numpy.ndarray] | None:
+    """How a metric is made of sums over a corpus; None: it is the mean of its examples' values."""
+    return METRICS[metric].combine if metric in METRICS else None

@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import groupby
 
 from benchmark_suite.report.cells import Broken, Cell
-from benchmark_suite.report.comparisons import Comparison, compare
+from benchmark_suite.report.comparisons import Comparison, among_best, compare
 from benchmark_suite.report.settings import Setting, best, settings
 
 
@@ -53,6 +53,15 @@ class Section:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         return compare(self.reported, self.against)
+
+    def among_best(self, chosen: Mapping[tuple[str, str], Setting]) -> set[tuple[str, str]]:
+        """Of settings by (task, variant) those that are best on their task, or cannot be told from the best."""
+        found = set()
+        for task in self.tasks:
+            settings = [at for (of, _), at in chosen.items() if of == task]
+            if len(settings) > 1:
+                found |= {(task, at.variant) for at in among_best(settings)}
+        return found
 
     def ranks(self, task: str, variant: str) -> list[Setting]:
         return [at for at in self.settings if (at.task, at.variant) == (task, variant)]

@@ -16,6 +16,7 @@ class Entry:
     seeds: tuple[int, ...] = ()
     rank: int | None = None
     percent: float | None = None
+    among_best: bool = False
 
     def __str__(self) -> str:
         spread = "" if self.std is None else f" ± {self.std:.2f}"
@@ -30,18 +31,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: the key of its values in a row, its heading, how a value is written, and whether the best is marked.
+    """A column: the key of its values in a row, its heading, and how a value is written.
 
     Args:
         under: what the heading says in small print.
-        best: ``max`` or ``min``, to mark the best value; None marks none.
     """
 
     key: str
     label: str
     show: Callable[[Any], str] = numbers.text
     numeric: bool = True
-    best: Callable[[list[Any]], Any] | None = None
     under: str = ""
 
 
@@ -75,9 +74,6 @@ class Table:
         return value.mean if isinstance(value, Entry) else value
 
     def is_best(self, row: Mapping[str, object], column: Column) -> bool:
-        """Whether this is the best value of its column, or as good."""
-        if column.best is None:
-            return False
-        values = [self.order(other, column) for other in self.rows]
-        known = [value for value in values if value is not None]
-        return len(known) > 1 and self.order(row, column) == column.best(known)
+        """Whether this value is marked as one of the best of its column."""
+        value = row.get(column.key)
+        return isinstance(value, Entry) and value.among_best

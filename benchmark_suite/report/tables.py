@@ -1,6 +1,7 @@
 """The tables of one base model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import exp, log
 from statistics import fmean
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from benchmark_suite.report import numbers
 from benchmark_suite.report.section import Section
 from benchmark_suite.report.settings import Setting, on_validation
-from benchmark_suite.report.significance import RESAMPLES, SEED
+from benchmark_suite.report.significance import FEW, LEVEL, RESAMPLES, SEED
 from benchmark_suite.report.table import Column, Entry, Table, words
 
 
@@ -21,40 +22,26 @@ def tables(section: Section) -> list[Table]:
 
 def scores(section: Section) -> Table:
     """Variants by tasks at each variant's best rank: the second half of the Tied-LoRA table, or the GLUE table."""
-    rows = [
-        {
-            "variant": variant,
-            **{
-                task: _entry(section, section.reported[task, variant])
-                for task in section.tasks
-                if (task, variant) in section.reported
-            },
-        }
-        for variant in section.variants
-    ]
     note = (
         "Mean ± standard deviation over seeds on the test examples, at each variant's best rank r, chosen on "
         "validation where every rank has a validation score. "
     )
-    return _by_task(section, "scores", "Scores at each variant's best rank", note, rows)
+    return _by_task(section, "scores", "Scores at each variant's best rank", note, section.reported)
 
 
 def same_rank(section: Section) -> Table:
     """The first half of the Tied-LoRA table: everything at the rank that is best for the one compared with."""
-    rows = []
+    chosen = {}
     for variant in section.variants:
-        row: dict[str, object] = {"variant": variant}
         for task in section.tasks:
             other = section.reported.get((task, section.against))
             for at in section.ranks(task, variant):
                 if other and at.rank in (other.rank, None):
-                    row[task] = _entry(section, at)
-        if len(row) > 1:
-            rows.append(row)
+                    chosen[task, variant] = at
     note = (
         f"As above, with every variant that has a rank at the rank r that is best for {section.against} on the task. "
     )
-    return _by_task(section, "same_rank", f"Scores at {section.against}'s best rank", note, rows)
+    return _by_task(section, "same_rank", f"Scores at {section.against}'s best rank", note, chosen)
 
 
 def reported(section: Section) -> Table:
@@ -144,6 +131,7 @@ def significance(section: Section) -> Table:
             "t_test_p": one.t_test_p,
             "t_test_holm": one.t_test_holm,
             "seeds": one.seeds,
+            "speaks_of": "the methods" if len(one.seeds) > 1 else "these two runs",
             "why_not": one.why_not,
         }
         for one in section.comparisons
@@ -157,20 +145,23 @@ def significance(section: Section) -> Table:
         Column("difference", "Difference", numbers.signed),
         Column("low", "95 % from", numbers.signed),
         Column("high", "to", numbers.signed),
-        Column("bootstrap_p", "p bootstrap", numbers.p_value),
+        Column("bootstrap_p", "p", numbers.p_value),
         Column("bootstrap_holm", "Holm", numbers.p_value),
         Column("examples", "Examples", numbers.count),
         Column("t_test_p", "p t-test", numbers.p_value),
         Column("t_test_holm", "Holm (t)", numbers.p_value),
         Column("seeds", "Seeds", numbers.listed, numeric=False),
-        words("why_not", "No bootstrap because"),
+        words("speaks_of", "Speaks of"),
+        words("why_not", "No p because"),
     ]
     tested = [sum(row[name] is not None for row in rows) for name in ("bootstrap_p", "t_test_p")]
     note = (
-        f"Each variant at its best rank less {section.against} at its own, over the seeds both have. Paired bootstrap "
-        f"over test examples ({RESAMPLES:,} resamples, generator seed {SEED}; of each the metric, its mean over "
-        f"seeds) and paired t-test over seeds, both two-sided, each Holm-corrected for all its tests here "
-        f"({tested[0]} and {tested[1]})."
+        f"Each variant at its best rank less {section.against} at its own, over the seeds both have. p is of a paired "
+        f"bootstrap over test examples ({RESAMPLES:,} resamples, generator seed {SEED}) in which the mean over seeds "
+        "strays as Student's t says of that many seeds; where no more than "
+        f"{FEW} examples differ, it is at least that of exchanging them all ways. p t-test is paired, over seeds "
+        f"alone. All are two-sided, each Holm-corrected for its tests here ({tested[0]} and {tested[1]}). What one "
+        "seed shows is a difference between two runs, which another seed may turn around."
     )
     if not all(on_validation(section.ranks(*key)) for key in section.reported):
         note += " Where the best rank was chosen on the test examples, p-values are too small."
@@ -293,9 +284,19 @@ def tasks(section: Section) -> Table:
     return Table("tasks", "Tasks and data", "What the scores above were measured on.", columns, rows)
 
 
-def _by_task(section: Section, key: str, title: str, note: str, rows: list[dict]) -> Table:
+def _by_task(section: Section, key: str, title: str, note: str, chosen: Mapping[tuple[str, str], Setting]) -> Table:
     """A table of entries, with their average for the variants that have them all."""
-    comparable = [task for task in section.tasks if _direction(section, task) is max]
+    best = section.among_best(chosen)
+    rows: list[dict[str, Any]] = []
+    for variant in section.variants:
+        found = {
+            task: replace(_entry(section, chosen[task, variant]), among_best=(task, variant) in best)
+            for task in section.tasks
+            if (task, variant) in chosen
+        }
+        if found:
+            rows.append({"variant": variant, **found})
+    comparable = [task for task in section.tasks if _higher_is_better(section, task)]
     for row in rows:
         entries = [row[task] for task in comparable if task in row]
         if len(entries) == len(comparable) > 1:
@@ -305,10 +306,15 @@ def _by_task(section: Section, key: str, title: str, note: str, rows: list[dict]
             )
     columns = [
         words("variant", "Variant"),
-        *(Column(task, task, best=_direction(section, task), under=_metric(section, task)) for task in section.tasks),
+        *(Column(task, task, under=_metric(section, task)) for task in section.tasks),
     ]
+    if best:
+        note += (
+            f"Marked are the best of a task and what cannot be told from it (p ≥ {LEVEL:g} as under differences, Holm-"
+            "corrected for all it is compared with here). "
+        )
     if len(comparable) > 1:
-        columns.append(Column("average", "Average", best=max, under=f"of {len(comparable)} tasks"))
+        columns.append(Column("average", "Average", under=f"of {len(comparable)} tasks"))
         note += "The average is given where no task is missing"
         note += "." if comparable == section.tasks else " and leaves out tasks where lower is better."
     note += f" P% is the share of the trainable parameters of the best {section.against} on the task."
@@ -319,8 +325,8 @@ def _entry(section: Section, at: Setting) -> Entry:
     return Entry(at.score.mean, at.score.std, at.score.seeds, at.rank, section.percent(at))
 
 
-def _direction(section: Section, task: str):
-    return max if next(at for at in section.settings if at.task == task).higher_is_better else min
+def _higher_is_better(section: Section, task: str) -> bool:
+    return next(at for at in section.settings if at.task == task).higher_is_better
 
 
 def _metric(section: Section, task: str) -> str:

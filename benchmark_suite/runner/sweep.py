@@ -71,7 +71,7 @@ def tasks_named(names: Iterable[str], data_root: Path | None, limit: int | None,
     changed = {field: value for field, value in recipe.items() if value is not None}
     tasks = {}
     for id in dict.fromkeys(ids):
-        task = registry.make(id, data_root=data_root, limit=limit)
+        task = registry.load_task(id, data_root=data_root, limit=limit)
         if changed:
             task.spec = replace(task.spec, recipe=replace(task.spec.recipe, **changed))
         task.check()

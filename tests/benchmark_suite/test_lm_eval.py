@@ -52,7 +52,7 @@ def _declared(declaration):
 
 @pytest.mark.parametrize("id", RANKED)
 def test_ranked_tasks_are_the_harness_own(id, data_root):
-    ours = benchmark_suite.make(id, data_root)
+    ours = benchmark_suite.load_task(id, data_root)
     rows = ROWS[ours.spec.source.name]
     if id == "boolq-v1":  # the harness reads the SuperGLUE copy
         rows = [row | {"label": int(row["answer"])} for row in rows]
@@ -73,7 +73,7 @@ def test_ranked_tasks_are_the_harness_own(id, data_root):
 
 
 def test_gsm8k_is_the_harness_own(data_root):
-    ours = benchmark_suite.make("gsm8k-v1", data_root)
+    ours = benchmark_suite.load_task("gsm8k-v1", data_root)
     theirs = harness("gsm8k/gsm8k.yaml", ROWS["gsm8k"])
     rows = list(theirs.test_docs())
     texts = ["#### 1200", "so $1,200.", "", "3, then 1,200", "-2", "#### -2", "#### 2", "a\n#### 1,200\n5"]
@@ -84,13 +84,13 @@ def test_gsm8k_is_the_harness_own(data_root):
                 extract = next(each for each in theirs._filters if each.name == chosen)
                 answer = extract.filters[0]().apply([[text]], [row])[0][0]
                 expected = theirs.process_results(row, [answer])["exact_match"]
-                task = benchmark_suite.make("gsm8k-v1", data_root)
+                task = benchmark_suite.load_task("gsm8k-v1", data_root)
                 score = benchmark_suite.metrics.METRICS[metric].compute([text], [example])
                 assert score.value == expected, (metric, text, task.spec.id)
 
 
 def test_translation_prompt_follows_the_harness(data_root):
-    example = benchmark_suite.make("iwslt2017-de-en-v1", data_root).reset()
+    example = benchmark_suite.load_task("iwslt2017-de-en-v1", data_root).examples()[0]
     config = _declared("translation/iwslt2017_ar-en.yaml")
     template = config["doc_to_text"].replace("Arabic", "German").replace('"ar"', '"de"')
     from lm_eval.utils import apply_template

@@ -19,7 +19,7 @@ TASKS = [id for id in benchmark_suite.list_tasks() if not benchmark_suite.spec(i
 def test_all_rows_fit_and_right_answers_score_best(id):
     if not (DATA / benchmark_suite.spec(id).source.name).is_dir():
         pytest.skip("no such dataset there")
-    task = benchmark_suite.make(id, DATA)
+    task = benchmark_suite.load_task(id, DATA)
     task.check()
     examples = task.examples("validation")
     scores = task.score([oracle(task, example) for example in examples])

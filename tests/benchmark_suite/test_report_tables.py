@@ -84,6 +84,30 @@ def test_without_validation_the_test_score_chooses_and_says_so(tmp_path):
     assert (row["rank"], row["chosen_on"], row["std"]) == (8, "test", None) and "significance" not in found
 
 
+def test_marked_is_what_cannot_be_told_from_the_best(tmp_path):
+    """Two that differ by one answer of forty, a third that is far off, and one that nothing can be said of."""
+    right = {"LoRA": 30, "TL5": 31, "TL6": 4, "VeRA": 30}
+    for variant, number in right.items():
+        folder = write(tmp_path / variant, [1] * number + [0] * (40 - number), variant=variant)
+        if variant == "VeRA":
+            (folder / "predictions.jsonl").unlink()
+    write(tmp_path / "alone", [1], task="squad-v1")
+    table = tables(tmp_path)["scores"]
+    column = next(column for column in table.columns if column.key == "gsm8k-v1")
+    marked = {row["variant"] for row in table.rows if table.is_best(row, column)}
+    assert marked == {"LoRA", "TL5"}
+    alone = next(column for column in table.columns if column.key == "squad-v1")
+    assert not any(table.is_best(row, alone) for row in table.rows), "the only one there is best of nothing"
+
+
+def test_a_difference_of_single_runs_is_called_one(tmp_path):
+    for variant, seeds in (("LoRA", (0, 1)), ("TL5", (0, 1)), ("TL6", (1,))):
+        for seed in seeds:
+            write(tmp_path / f"{variant}{seed}", [1, 0, 1, seed], variant=variant, seed=seed)
+    found = rows(tables(tmp_path)["significance"], "variant")
+    assert found["TL5",]["speaks_of"] == "the methods" and found["TL6",]["speaks_of"] == "these two runs"
+
+
 def test_lower_is_better(tmp_path):
     for variant, rank, test in (("LoRA", 2, 9), ("LoRA", 8, 7), ("TL6", 2, 6), ("TL6", 8, 8)):
         cell(tmp_path, variant, rank, test, higher=False, task="perplexity-v1")

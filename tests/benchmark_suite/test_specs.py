@@ -83,6 +83,8 @@ def test_missing_fields_are_named(name):
 
 def test_names_are_close_to_something():
     with pytest.raises(UsageError, match="did you mean 'gsm8k-v1'"):
+        benchmark_suite.load_task("gsm8k")
+    with pytest.raises(UsageError, match="did you mean 'gsm8k-v1'"):
         benchmark_suite.make("gsm8k")
     with pytest.raises(UsageError, match="did you mean 'TL6'"):
         benchmark_suite.variant("tl66")
@@ -124,7 +126,8 @@ def test_importing_the_suite_is_cheap():
     code = f"""
 import sys, benchmark_suite
 assert 'jinja2' not in sys.modules
-benchmark_suite.list_tasks(), benchmark_suite.list_variants(), benchmark_suite.make('before-v1', limit=2).reset()
+benchmark_suite.list_tasks(), benchmark_suite.list_variants()
+benchmark_suite.load_task('before-v1', limit=2).examples()
 sys.exit(str([name for name in {heavy} if name in sys.modules] or ''))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

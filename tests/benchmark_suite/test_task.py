@@ -30,14 +30,14 @@ def colours(tmp_path):
             (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "colours.yaml").write_text(declared.text(spec | {"id": id}))
         assert benchmark_suite.register_folder(folder) == [id]
-        return benchmark_suite.make(id), folder
+        return benchmark_suite.load_task(id), folder
 
     return make
 
 
 @pytest.mark.parametrize("id", benchmark_suite.list_tasks())
 def test_right_answers_get_the_best_score(id, data_root):
-    task = benchmark_suite.make(id, data_root)
+    task = benchmark_suite.load_task(id, data_root)
     examples = task.examples("validation")
     assert all(example.prompt and example.target for example in examples)
     scores = task.score([oracle(task, example) for example in examples])
@@ -48,26 +48,9 @@ def test_right_answers_get_the_best_score(id, data_root):
         assert score.per_example is None or len(score.per_example) == len(examples)
 
 
-@pytest.mark.parametrize("id", benchmark_suite.list_tasks())
-def test_stepping_through(id, data_root):
-    task = benchmark_suite.make(id, data_root, limit=2)
-    right = []
-    task.reset("validation")
-    while task.example:
-        example = task.example
-        right.append(task.step(oracle(task, example)))
-    assert len(right) == len(task.examples()) and min(right) == max(right)
-    with pytest.raises(UsageError, match="no example is left"):
-        task.step("anything")
-    first = task.reset()
-    opposite = [-1000.0 * (number == first.label) for number in range(len(first.choices))]
-    worse = "zzz" if task.spec.prediction.kind == "generate" else opposite
-    assert task.step(worse) < right[0]
-
-
 def test_the_test_split_stays_shut_until_asked_for(data_root):
-    task = benchmark_suite.make("boolq-v1", data_root)
-    task.check(), task.reset(), task.examples("train")
+    task = benchmark_suite.load_task("boolq-v1", data_root)
+    task.check(), task.examples("train")
     assert [split for split, _ in task.accesses] == ["train", "validation"]
     task.examples("test"), task.examples("test")
     assert task.accesses[-1] == ("test", str(data_root / "boolq" / "test.jsonl")) and len(task.accesses) == 3
@@ -81,7 +64,7 @@ def test_an_unreadable_test_split_goes_unnoticed_until_asked_for(colours):
         task.examples("test")
     (folder / "test.jsonl").unlink()
     with pytest.raises(UsageError, match="no test.jsonl, test.parquet or test.csv"):
-        benchmark_suite.make("colours-v1").check()
+        benchmark_suite.load_task("colours-v1").check()
 
 
 @pytest.mark.parametrize(
@@ -120,7 +103,7 @@ def test_empty_splits_are_named(colours):
 
 
 def test_predictions_are_checked(data_root):
-    task = benchmark_suite.make("boolq-v1", data_root)
+    task = benchmark_suite.load_task("boolq-v1", data_root)
     for predictions, message in [
         ([(0, -1)], "the split has 2 examples"),
         (["yes", "no"], "must be 2 log-likelihoods, for example 'validation/0'"),
@@ -130,7 +113,7 @@ def test_predictions_are_checked(data_root):
         with pytest.raises(UsageError, match=message):
             task.score(predictions)
     with pytest.raises(UsageError, match="must be a text"):
-        benchmark_suite.make("gsm8k-v1", data_root, limit=1).score([3])
+        benchmark_suite.load_task("gsm8k-v1", data_root, limit=1).score([3])
 
 
 def test_every_file_format_gives_the_same_examples(colours):
@@ -141,12 +124,12 @@ def test_every_file_format_gives_the_same_examples(colours):
     expected = task.examples("train")
     (folder / "train.jsonl").unlink()
     parquet.write_table(Table.from_pylist(rows), folder / "train.parquet")
-    assert benchmark_suite.make("colours-v3").examples("train") == expected
+    assert benchmark_suite.load_task("colours-v3").examples("train") == expected
     (folder / "train.parquet").unlink()
     with (folder / "train.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["thing", "label"])
         writer.writeheader(), writer.writerows(rows)
-    assert benchmark_suite.make("colours-v3").examples("train") == expected
+    assert benchmark_suite.load_task("colours-v3").examples("train") == expected
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -161,9 +144,9 @@ def test_bad_folders_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"bad.yaml.colours-v1.metrics='accc'"):
         benchmark_suite.register_folder(tmp_path)
     with pytest.raises(UsageError, match="data_root='nowhere': no such folder"):
-        benchmark_suite.make("gsm8k-v1", "nowhere")
+        benchmark_suite.load_task("gsm8k-v1", "nowhere")
     with pytest.raises(UsageError, match="limit=0"):
-        benchmark_suite.make("gsm8k-v1", limit=0)
+        benchmark_suite.load_task("gsm8k-v1", limit=0)
 
 
 def test_templates_run_in_a_sandbox(colours):
@@ -174,7 +157,7 @@ def test_templates_run_in_a_sandbox(colours):
 
 
 def test_instructions_are_those_of_llm_adapters(data_root):
-    example = benchmark_suite.make("arc-easy-instruct-v1", data_root).reset()
+    example = benchmark_suite.load_task("arc-easy-instruct-v1", data_root).examples()[0]
     assert example.prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nPlease choose the correct answer to the question: What warms the Earth?\n\n"
@@ -193,8 +176,11 @@ def test_a_downloaded_dataset_gives_what_a_data_root_gives(data_root, monkeypatc
         return datasets.Dataset.from_json(str(data_root / "mnli" / "train.jsonl"))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    task = benchmark_suite.make("mnli-v1")
-    assert task.examples("test_mismatched")[0].prompt == benchmark_suite.make("mnli-v1", data_root).examples()[0].prompt
+    task = benchmark_suite.load_task("mnli-v1")
+    assert (
+        task.examples("test_mismatched")[0].prompt
+        == benchmark_suite.load_task("mnli-v1", data_root).examples()[0].prompt
+    )
     assert asked == [("nyu-mll/glue", "mnli", "validation_mismatched")]
 
     def fail(*_, **__):
@@ -202,10 +188,10 @@ def test_a_downloaded_dataset_gives_what_a_data_root_gives(data_root, monkeypatc
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UsageError, match="no network; or give --data-root DIR with DIR/mnli/train.jsonl"):
-        benchmark_suite.make("mnli-v1").check()
+        benchmark_suite.load_task("mnli-v1").check()
 
 
 def test_continuations_start_with_the_delimiter(data_root):
     for id in benchmark_suite.list_tasks("glue"):
-        for example in benchmark_suite.make(id, data_root).examples():
+        for example in benchmark_suite.load_task(id, data_root).examples():
             assert all(continuation.startswith(DELIMITER) for _, continuation in example.queries)
