@@ -37,7 +37,7 @@ def save(name: str, tokenizer: Path, folder: Path, **overrides) -> Path:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
     make, changes = BASES[name]
-    config = make(tokenizer, **changes, **overrides)
+    config = make(tokenizer, **(changes | overrides))
     model = MegatronGPTModel(config, toy.trainer(config))
     torch.manual_seed(0)
     with torch.no_grad():

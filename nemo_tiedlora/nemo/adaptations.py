@@ -11,16 +11,21 @@ from nemo_tiedlora.attach import Contract, parameter_groups
 from nemo_tiedlora.nemo.optimizer_states import inner, stepping, trained
 from nemo_tiedlora.parallel.scores import Ranks
 from nemo_tiedlora.parallel.synchronise import Synchroniser
-from nemo_tiedlora.variants import Bank
+from nemo_tiedlora.variants import Bank, Site, TensorSpec
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """One scheme on one model: its tensors, and how the ranks keep them one."""
+    """One scheme on one model: its tensors, and how the ranks keep them one.
+
+    Args:
+        specs: every tensor of the whole model by key, with the first layer that uses it.
+    """
 
     bank: Bank
     synchroniser: Synchroniser
     ranks: Ranks | None
+    specs: dict[str, tuple[TensorSpec, Site]]
 
 
 class Adaptations(dict[str, Adaptation]):

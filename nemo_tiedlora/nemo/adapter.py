@@ -69,14 +69,8 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
     def frozen(self) -> FrozenWeight:
         """This rank's part of the layer's frozen weight."""
         if self.sharded:
-            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.has_parts, self.blocks)
+            return ShardedWeight(self._linear.weight, self._rows, self.parallel, self.sequence_parallel, self.blocks)
         return FrozenWeight(self._linear.weight, self._rows)
-
-    @property
-    def has_parts(self) -> bool:
-        """Whether this rank has parts of gradients throughout: those of its tokens; or, inside an expert, of its part
-        of the layer, where Megatron makes neither the output nor the input's gradient whole before all experts did."""
-        return self.sequence_parallel or (self.sharded and self.site.routed)
 
     def share_gradients_of(self, partials: Collection[str]) -> None:
         """Of a tensor whose gradients are summed over the tensor ranks, a part that is whole on each counts once."""
@@ -84,7 +78,7 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
             self._shared = [
                 name
                 for name, spec in self._bank.variant.tensors(self.site).items()
-                if spec.key in partials and not partial(spec, self.parallel, self.has_parts)
+                if spec.key in partials and not partial(spec, self.parallel, self.sequence_parallel)
             ]
 
     def factors(self) -> Factors:
@@ -107,6 +101,8 @@ class FactorAdapter(nn.Module, AdapterModuleUtil):
             out = self._linear.weight.shape[0]
             B = B.new_zeros(out, B.shape[1]).index_copy(0, self._rows, B)
             gain = None if gain is None else gain.new_ones(out).index_copy(0, self._rows, gain)
+        # Around all experts Megatron gathers tokens and adds up outputs itself. It trains them under sequence
+        # parallelism only, and the gradients of factors are as partial as there.
         alone = not self.sharded or self.site.routed
         exchange = None if alone else EXCHANGES[self.parallel, self.sequence_parallel]
         output = apply(output, self._dropped(x), A, B, scale, gain, u, bias, exchange)

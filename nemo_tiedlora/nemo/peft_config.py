@@ -7,6 +7,7 @@ from nemo.collections.nlp.parts.mixins.nlp_adapter_mixins import NLPAdapterModel
 from nemo.collections.nlp.parts.peft_config import PEFTConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_tiedlora.checkpoint.adapter import specs_of
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.sizes import sites
 from nemo_tiedlora.model.targets import Target, blocks, kinds, rows, where
@@ -82,7 +83,7 @@ class FactorPEFTConfig(PEFTConfig):
                     stacked = blocks(kind, model.cfg)
                     adapter.bind(bank, site, linear, rows(kind, model.cfg, ranks), stacked)
                     specs = self.variant.tensors(site).values()
-                    partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.has_parts)}
+                    partials |= {s.key for s in specs if partial(s, adapter.parallel, adapter.sequence_parallel)}
                     bound.append(adapter)
         for adapter in bound:
             adapter.share_gradients_of(partials)
@@ -91,7 +92,8 @@ class FactorPEFTConfig(PEFTConfig):
         for key in synchroniser.counted_elsewhere:
             trained[key].shared = True  # Megatron's name for it
         model.adaptations = Adaptations.of(model)
-        model.adaptations[self.scheme] = Adaptation(bank, synchroniser, _ranks(self.variant, modules, model.cfg))
+        ranks_of = _ranks(self.variant, modules, model.cfg)
+        model.adaptations[self.scheme] = Adaptation(bank, synchroniser, ranks_of, specs_of(self.variant, modules))
         model.adapter_keys = model._get_all_keys() - model.base_keys
         with open_dict(model.cfg):
             record = {"checksums": bank.checksums, "drawing_rule": self.config.drawing_rule, **self.variant.decided()}

@@ -13,19 +13,17 @@ from nemo.utils import logging
 from omegaconf import OmegaConf, open_dict
 
 from nemo_tiedlora.checkpoint import Adapter, Base, is_canonical, read, write
-from nemo_tiedlora.checkpoint.adapter import settings_of, specs_of
+from nemo_tiedlora.checkpoint.adapter import settings_of
 from nemo_tiedlora.checkpoint.base import open_base
 from nemo_tiedlora.checkpoint.legacy import open_adapter
 from nemo_tiedlora.checkpoint.pickles import as_it_is, is_trusted
 from nemo_tiedlora.errors import UsageError
 from nemo_tiedlora.model.config import check_shape
 from nemo_tiedlora.model.data import dump
-from nemo_tiedlora.model.sizes import sites
 from nemo_tiedlora.model.targets import blocks, where
 from nemo_tiedlora.nemo.adaptations import Adaptations
 from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 from nemo_tiedlora.parallel.cut import cut, has_parts, join, tensor_ranks
-from nemo_tiedlora.variants import Site, TensorSpec
 
 #: The settings of ``model.data.train_ds`` that NeMo's generation script takes from an adapter's config.
 PROMPTS = ("prompt_template", "label_key", "truncation_field", "add_bos", "add_eos", "add_sep")
@@ -43,7 +41,7 @@ def gather(model: NLPAdapterModelMixin, scheme: str | None = None, frozen: bool 
     found = whole(model, scheme, {key: {"": tensor} for key, tensor in bank.kept(drawn=frozen).items()})
     stages = _all(bank.checksums, parallel_state.get_pipeline_model_parallel_group())
     checksums = {key: checksum for known in stages for key, checksum in known.items()}
-    specs = _specs(model, scheme)
+    specs = model.adaptations[scheme].specs
     settings = settings_of(
         bank.variant.config, bank.variant, {key: checksums[key] for key in specs if key in checksums}
     )
@@ -60,7 +58,7 @@ def whole(model: NLPAdapterModelMixin, scheme: str, values: dict[str, dict[str, 
     """
     mine = {key: {name: _on_cpu(value) for name, value in named.items()} for key, named in values.items()}
     by_tensor_rank = _all(mine, parallel_state.get_tensor_model_parallel_group())
-    specs = _specs(model, scheme)
+    specs = model.adaptations[scheme].specs
     stage: dict[str, dict[str, Any]] = {}
     for key, named in mine.items():
         spec, site = specs[key]
@@ -77,7 +75,7 @@ def part(model: NLPAdapterModelMixin, scheme: str, key: str, value: Any) -> Any:
     """What this rank holds of one of ``whole``'s values."""
     if not has_parts(value):
         return value
-    spec, site = _specs(model, scheme)[key]
+    spec, site = model.adaptations[scheme].specs[key]
     return cut(value, spec, where(site.target).parallel, blocks(site.target, model.cfg), *tensor_ranks())
 
 
@@ -96,11 +94,6 @@ def only_ours(model: NLPAdapterModelMixin) -> bool:
 def _bare(name: str) -> str:
     """A parameter's name without the wrappers around the model."""
     return name.replace("module.", "")
-
-
-def _specs(model: NLPAdapterModelMixin, scheme: str) -> dict[str, tuple[TensorSpec, Site]]:
-    variant = model.adaptations[scheme].bank.variant
-    return specs_of(variant, sites(variant.config, model.cfg))
 
 
 def _on_cpu(value: Any) -> Any:

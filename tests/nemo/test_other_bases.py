@@ -3,6 +3,7 @@
 import bases
 import pytest
 import torch
+import toy
 from omegaconf import OmegaConf
 from test_adapter import logits
 from test_saved import CASES
@@ -112,6 +113,27 @@ def test_the_adapted_model_is_the_plain_one_with_other_weights(finetuning, tmp_p
             weight.data = weights_by_the_equation(tensors, target, number, weight.data).float()
     assert not torch.allclose(logits(plain), before, rtol=0.01, atol=0.01)
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("mcore_distributed_optim", marks=pytest.mark.thorough)])
+def test_an_expert_that_no_token_reaches_learns_nothing(finetuning, files, tmp_path, optimizer):
+    """Of two pairs of opposite rows the router gives every token one each, and never the fifth, which is 0."""
+    files["five"] = bases.save("experts", files["llama"].parent / "tokenizer.model", tmp_path, num_moe_experts=5)
+    optim = toy.OPTIM | {"name": optimizer, "weight_decay": 0.0}
+    optim |= {"average_in_collective": False} if "distributed" in optimizer else {}  # gloo sums only
+    settings = {"rank": 4, "target_modules": ["mlp"], "preset": "LoRA"}
+    model, trainer = finetuning(
+        "five", peft_scheme="tied_lora", tied_lora_tuning=settings, model={"optim": optim}, trainer={"max_steps": 2}
+    )
+    for layer in model._unwrap_layers_model_list():
+        rows = layer.mlp.router.weight.data
+        rows[1], rows[3], rows[4] = -rows[0], -rows[2], 0
+    bank = model.adaptations["tied_lora"].bank
+    before = {key: tensor.detach().clone() for key, tensor in bank.named_tensors().items()}
+    trainer.fit(model)
+    learned = {key for key, tensor in bank.named_tensors().items() if not torch.equal(tensor, before[key])}
+    reached = {key for key in before if "_expert_4." not in key}
+    assert learned == reached and len(before) - len(reached) == 2 * 4 * 2  # layers of an expert, of the model, factors
 
 
 def test_experts_that_have_no_layers_here_get_no_adapter(files):
