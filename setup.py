@@ -44,7 +44,7 @@ NEMO = [
 ]
 GGUF = ["gguf>=0.17"]  # for quantised weights in GGUF files, smollm2's among them
 LM_EVAL = ["lm_eval>=0.4.13,<0.5"]
-PEFT = ["peft>=0.17"]  # for its own methods in the benchmark suite
+PEFT = ["peft>=0.21"]  # for its own methods in the benchmark suite
 
 setup(
     name="nemo_tiedlora",

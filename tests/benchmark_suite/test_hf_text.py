@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import hf_cells
 import pytest
@@ -9,6 +10,7 @@ import torch
 import toy
 import transformers
 
+import benchmark_suite
 from benchmark_suite.backends import backend
 from benchmark_suite.backends.hf import objectives
 from benchmark_suite.backends.hf.backend import HfTrained
@@ -186,3 +188,13 @@ def test_a_vision_language_model_is_trained_as_the_decoder_in_it(models, tmp_pat
     assert all(result["validation_losses"][-1][1] < result["validation_losses"][0][1] for result in found)
     kept = (cells[0].folder(tmp_path) / "adapter" / "adapter_config.json").read_text()
     assert "language_model" in kept and "vision" not in kept
+
+
+def test_rows_end_where_the_models_positions_do(models):
+    on = backend("hf", models("gpt2"))
+    rows = [benchmark_suite.Example("1", "word " * 200, "yes", ("yes",))]
+    recipe = replace(benchmark_suite.spec("before-v1").recipe, max_seq_length=4096)
+    training = hf_cells.Training(benchmark_suite.variant("TL6"), 4, rows, rows, recipe, 1e-2, 0, None)
+    (row,) = on._objective(None, training).train
+    assert len(row.ids) == on.folder.context == 256 and row.ids[-1] == on.folder.tokenizer.eos_token_id
+    assert on.folder.tokenizer.decode(row.ids[row.start : -1]) == " yes"

@@ -117,9 +117,8 @@ class HfBackend:
             self._model = model
 
     def _objective(self, model: Any, training: Training) -> Writing | Saying:
-        if training.head is None:
-            return Writing(model, self.folder.tokenizer, training)
-        return Saying(model, self.folder.tokenizer, training, self.folder.context)
+        kind = Writing if training.head is None else Saying
+        return kind(model, self.folder.tokenizer, training, self.folder.context)
 
 
 class HfTrained:

@@ -29,8 +29,8 @@ class Writing:
     A loss is the mean over the micro-batches of a batch, each a mean over the tokens learned in it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, training: Training):
-        longest = training.recipe.max_seq_length
+    def __init__(self, model: Any, tokenizer: Any, training: Training, longest: int):
+        longest = min(longest, training.recipe.max_seq_length)
         self.model, self.training = model, training
         self.train = rows(training.train, tokenizer, longest)
         self.validation = rows(training.validation, tokenizer, longest)

@@ -49,8 +49,11 @@ def known() -> dict[str, Any]:
 
 def check(variant: VariantSpec) -> None:
     """Raises ``UsageError`` for a method that is not there or not run here, and for settings that it does not take."""
-    for rank in variant.ranks[:] or (None,):
-        config_of(variant, rank, ["linear"])
+    try:
+        for rank in variant.ranks[:] or (None,):
+            config_of(variant, rank, ["linear"])
+    except UsageError as error:
+        raise error.under(variant.name) from None
 
 
 def config_of(variant: VariantSpec, rank: int | None, targets: Iterable[str], task: str | None = None) -> "PeftConfig":
@@ -65,21 +68,19 @@ def config_of(variant: VariantSpec, rank: int | None, targets: Iterable[str], ta
     name, classes = variant.scheme.removeprefix(PEFT), known()
     if name not in classes:
         there = [f"{PEFT}{each}" for each in sorted(classes) if each not in REFUSED and not is_prompt(classes[each])]
-        raise UsageError("scheme", variant.scheme, closest(variant.scheme, there)).under(variant.name)
+        raise UsageError("scheme", variant.scheme, closest(variant.scheme, there))
     if name in REFUSED or is_prompt(classes[name]):
         reason = REFUSED.get(name, "it puts tokens before the text")
-        raise UsageError("scheme", variant.scheme, f"not run here: {reason}").under(variant.name)
+        raise UsageError("scheme", variant.scheme, f"not run here: {reason}")
     settings = variant.settings_at(rank)
     valid = {item.name for item in fields(classes[name]) if item.init} - NOT_SETTINGS
     for setting in settings:
         if setting not in valid:
-            raise UsageError(f"settings.{setting}", settings[setting], closest(setting, sorted(valid))).under(
-                variant.name
-            )
+            raise UsageError(f"settings.{setting}", settings[setting], closest(setting, sorted(valid)))
     try:
         return classes[name](**settings | {"target_modules": list(targets)}, task_type=task)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError("settings", settings, f"PEFT refuses them: {error}").under(variant.name) from None
+        raise UsageError("settings", settings, f"PEFT refuses them: {error}") from None
 
 
 def is_prompt(config: Any) -> bool:
