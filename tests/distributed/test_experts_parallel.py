@@ -101,7 +101,7 @@ def restored_and_saved(base, out, layout):
     with platform.host():
         from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
-        config = OmegaConf.merge(nemo_config(base, "base"), layout)
+        config = OmegaConf.create(nemo_config(base, "base") | layout)
         trainer = toy.trainer(config, devices=2, precision=config.precision)
         MegatronGPTModel.restore_from(str(base), config, trainer=trainer).save_to(str(out))
 

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from test_inputs import BASE, job, nemo_file, refusal
 from typer.testing import CliRunner
 
-from benchmark_suite.runner import sweep
+from benchmark_suite import registry
+from benchmark_suite.backends import backend
 from nemo_tiedlora import cli
 from nemo_tiedlora.checkpoint import read, write
 from nemo_tiedlora.checkpoint.saved import check_adapter
@@ -104,11 +105,12 @@ def test_commands_and_the_suite_count_experts_and_refuse_grouped_ones(tmp_path):
     counted = json.loads(CliRunner().invoke(cli.app, [*params, str(base)], catch_exceptions=False).stdout)
     config = config_for("tied_lora", {"target_modules": ["all"]})
     assert counted["trainable"] == sizes(config, nemo_config(base, "base")).trainable
-    sweep.matrix({}, sweep.variants_named(["ShareLoRA"]), base, None, [0], None, None)
+    variant = registry.variant("ShareLoRA")
+    backend("nemo", base).check(variant, 8, head=False)
     with pytest.raises(UsageError, match=f"^target_modules='all': {re.escape(NO_LAYERS)}"):
         CliRunner().invoke(cli.app, [*params, str(grouped)], catch_exceptions=False)
     with pytest.raises(UsageError, match=r"^ShareLoRA\.target_modules='mlp_up': the base's experts have no"):
-        sweep.matrix({}, sweep.variants_named(["ShareLoRA"]), grouped, None, [0], None, None)
+        backend("nemo", grouped).check(variant, 8, head=False)
 
 
 def test_an_adapter_of_a_dense_base_is_not_put_on_experts_nor_the_other_way_round(tmp_path):

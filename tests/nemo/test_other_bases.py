@@ -141,11 +141,10 @@ def test_experts_that_have_no_layers_here_get_no_adapter(files):
     from nemo_tiedlora.nemo.peft_config import FactorPEFTConfig
 
     with open_base(files["experts"]) as base:
-        config = base.config
-    config.peft = {"tied_lora_tuning": {"target_modules": ["mlp_down"]}}
+        config = base.config | {"peft": {"tied_lora_tuning": {"target_modules": ["mlp_down"]}}}
     for field, value, said in (
         ("moe_grouped_gemm", True, "target_modules='mlp_down': the base's experts have no linear layers of their own"),
         ("expert_model_parallel_size", 2, "model.expert_model_parallel_size=2: adapters go into experts that every"),
     ):
         with pytest.raises(UsageError, match=f"^{said}"):
-            FactorPEFTConfig("tied_lora", OmegaConf.merge(config, {field: value}))
+            FactorPEFTConfig("tied_lora", OmegaConf.create(config | {field: value}))
