@@ -13,8 +13,8 @@ SCRIPTS = {"nemo_tiedlora.conf": "conf", "nemo_tiedlora.examples": "examples"}
 CORE = ["torch>=2.6", "safetensors", "numpy"]
 #: The tiedlora command.
 CLI = ["matplotlib", "pyyaml", "rich", "typer>=0.12.5"]
-#: Models of transformers: adapters on them, and they as bases.
-HF = [*CLI, "sentencepiece", "tokenizers", "transformers>=4.51,<5"]
+#: Models of transformers: adapters on them, and they as bases. accelerate: for Trainer.
+HF = [*CLI, "accelerate>=0.26", "sentencepiece", "tokenizers", "transformers>=4.51,<5"]
 #: The benchmark suite.
 SUITE = [
     *CLI,

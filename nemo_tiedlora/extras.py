@@ -5,8 +5,9 @@ from nemo_tiedlora.errors import UsageError
 #: Modules that the core does without, by the smallest extra that has them.
 EXTRAS = {
     "cli": ("matplotlib", "rich", "typer", "yaml"),
-    "hf": ("sentencepiece", "tokenizers", "transformers"),
-    "suite": ("datasets", "jinja2", "pyarrow", "rouge_score", "ruamel", "sacrebleu", "scipy", "sklearn"),
+    "hf": ("accelerate", "sentencepiece", "tokenizers", "transformers"),
+    "suite": ("datasets", "gymnasium", "jinja2", "pyarrow", "rouge_score", "ruamel", "sacrebleu", "scipy", "sklearn"),
+    "peft": ("peft",),
     "nemo": ("hydra", "lightning", "megatron", "nemo", "omegaconf"),
 }
 

@@ -28,6 +28,8 @@ INSTALLED = {
     "nemo_tiedlora/conf": "conf",
     "nemo_tiedlora/examples": "examples",
 }
+#: Imported only where a model has layers of theirs.
+OF_MODELS = {"bitsandbytes"}
 SCRIPT = ROOT / "examples" / "megatron_gpt_finetuning.py"
 COMMAND = ("-m", "nemo_tiedlora", "finetune")
 SHORT = (
@@ -95,12 +97,12 @@ def test_what_is_imported_is_required_and_the_tested_versions_fit(site):
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split())
     for name, allowed in ranges.items():
         assert pins[name] in allowed, name
-    homes = packages_distributions()
+    homes, known = packages_distributions(), {*sys.stdlib_module_names, *INSTALLED, *OF_MODELS}
     for path in [path for folder in set(INSTALLED.values()) for path in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - set(INSTALLED):
+            for name in {name.partition(".")[0] for name in names} - known:
                 assert ranges.keys() & {canonicalize_name(home) for home in homes[name]}, f"{path} imports {name}"
 
 

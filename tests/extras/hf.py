@@ -29,6 +29,17 @@ model = load("saved")
 input_ids = torch.randint(saved_models.TOKENS, (2, 20), generator=torch.Generator().manual_seed(0))
 scope = {"model": model, "torch": torch, "input_ids": input_ids}
 exec(re.search(r"```python\n(.*?)```", Path("page.md").read_text(encoding="utf-8"), re.DOTALL)[1], scope)
+rows = [{"input_ids": row, "labels": row} for row in input_ids]
+args = transformers.TrainingArguments(
+    "run", max_steps=2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+)
+other = huggingface.attach(load("saved"), "dyna_lora", ["q_proj"], rank=2)
+optimizer = torch.optim.AdamW(other.parameter_groups(lr=1e-3))
+trainer = transformers.Trainer(other.model, args, train_dataset=rows, optimizers=(optimizer, None),
+                               callbacks=[other.callback()])  # fmt: skip
+trainer.train()
+assert other.variant.step == 2
+
 with torch.no_grad():
     adapted = model(input_ids).logits
     assert not torch.equal(adapted, scope["plain"])
