@@ -14,8 +14,7 @@ import torch
 from report_results import write
 from safetensors.torch import load_file, save_file
 
-import benchmark_suite
-from benchmark_suite import backends
+from benchmark_suite import backends, registry
 from benchmark_suite.report.summary import summarize
 from benchmark_suite.runner import sweep as sweeping
 from nemo_tiedlora.errors import UsageError
@@ -183,7 +182,7 @@ def test_a_host_of_ones_own(tmp_path, monkeypatch):
     (found,), (cell,) = hf_cells.swept("mine", tmp_path, ["TL6"], ["before-v1"], host="echo", **TINY)
     assert (found["status"], found["host"], found["base"], found["trainable"]) == ("done", "echo", "mine", 3)
     row = json.loads((cell.folder(tmp_path) / "predictions.jsonl").open().readline())
-    assert row["prediction"] == benchmark_suite.make("before-v1", limit=1).examples("test")[0].prompt
+    assert row["prediction"] == registry.load_task("before-v1", limit=1).examples("test")[0].prompt
 
 
 def test_an_installed_package_can_have_a_host(monkeypatch):

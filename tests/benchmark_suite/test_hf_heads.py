@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn import metrics
 
 import benchmark_suite
+from benchmark_suite import registry
 from benchmark_suite.backends import backend
 from benchmark_suite.backends.hf.rows import shuffled_batches
 from nemo_tiedlora import huggingface
@@ -57,7 +58,7 @@ def reference(folder, examples, outputs, lr=1e-2, seed=3):
 def test_a_head_is_trained_as_transformers_does_it(models, data_root, tmp_path, task, outputs):
     """Dropout, the head's start, the loss, AdamW, the schedule."""
     (found,), _ = hf_cells.swept(models("roberta"), tmp_path, ["full"], [task], data_root, **SHORT)
-    examples = benchmark_suite.make(task, data_root).examples("train")
+    examples = registry.load_task(task, data_root).examples("train")
     expected = reference(models("roberta"), examples, outputs)
     assert found["validation_losses"] == [[step, pytest.approx(loss, abs=1e-4)] for step, loss in expected]
 
@@ -76,7 +77,7 @@ def test_scores_are_those_of_the_predictions_and_kept_adapters_give_these(models
     for result, cell in zip(found, cells, strict=True):
         assert result["error"] is None and result["head"] and result["host"] == "hf"
         rows = predictions(cell.folder(tmp_path))
-        examples = benchmark_suite.make(cell.task.id, where, 12).examples("test")
+        examples = registry.load_task(cell.task.id, where, 12).examples("test")
         assert [row["id"] for row in rows] == [example.id for example in examples]
         if cell.task.id == "stsb-v1":
             said, right = [float(row["prediction"]) for row in rows], [example.number for example in examples]
