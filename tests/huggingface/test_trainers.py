@@ -1,15 +1,28 @@
 """transformers' Trainer and TRL's SFTTrainer, unchanged but for a callback; recomputation and autocast."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 import transformers
 import trl
 import twins
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from saved_models import tokenizer
 
 from nemo_tiedlora import huggingface
 from nemo_tiedlora.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def own_state():
+    """That SFTTrainer asked for bfloat16 is kept for the whole process, in accelerate and in the environment."""
+    with mock.patch.dict(os.environ):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 METHODS = {
     "DynaLoRA": ("dyna_lora", {"rank": 2, "active": 1, "period": 1, "lr_ratio": 4.0, "dropout": 0.2}),
