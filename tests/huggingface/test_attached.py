@@ -472,5 +472,5 @@ def test_the_lines_in_the_docs_run(bases, tmp_path, monkeypatch):
     assert scope["adapter"].variant.step == 2
     given = []
     scope |= {"mesh": None, "fully_shard": lambda module, mesh, ignored_params: given.append(ignored_params)}
-    exec(spread, scope)  # what it comes to is in test_processes.py, which has two processes
+    exec(spread, scope)  # what it comes to is in test_accelerate.py, which has two processes
     assert given == [set(scope["adapter"].parameters())] * 4
