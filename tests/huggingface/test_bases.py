@@ -75,6 +75,8 @@ def test_every_command_takes_a_base_by_the_same_door(command, saved):
         "empty": "base='empty': not a .nemo file, and no Hugging Face model: there is no config.json",
         "broken": "base='broken': there is no tokenizer.json in it",
     }
+    if command[0] in ("groups", "analyze"):  # transformers runs it, and only texts need a tokenizer
+        del said["broken"]
     for named, message in said.items():
         with pytest.raises(UsageError) as error:
             CliRunner().invoke(app, [*command, "--base", named], catch_exceptions=False)
