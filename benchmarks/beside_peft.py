@@ -146,7 +146,7 @@ def kept_bytes(one: Trained, batch: torch.Tensor) -> int:
     kept: WeakSet[Held] = WeakSet()
 
     def keep(tensor: torch.Tensor) -> Held:
-        kept.add(held := Held(tensor))
+        kept.add(held := Held(tensor.detach()))  # an operation that kept its own output would keep itself for ever
         return held
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):

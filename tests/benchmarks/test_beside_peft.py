@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_activations_are_what_grows_with_the_batch(benchmark):
 
     one = benchmark.Trained(Model(), torch.ones(3, 4), None)
     assert benchmark.activations(one) == (3 * 4 * 4, 4 * 4 * 4)  # bytes of x, and of what scales the trained matrix
+
+
+def test_nothing_is_kept_once_it_is_measured(benchmark):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trained, self.seen = torch.nn.Parameter(torch.ones(4)), []
+
+        def forward(self, input_ids, labels):
+            x = (input_ids * self.trained).exp()  # an operation that keeps its own output
+            self.seen.append(weakref.ref(x))
+            return type("Output", (), {"loss": x.sum()})
+
+    model = Model()
+    benchmark.activations(benchmark.Trained(model, torch.ones(3, 4), None))
+    assert len(model.seen) == 2 and all(tensor() is None for tensor in model.seen)
 
 
 def test_the_page_has_the_table_of_its_results(benchmark):
