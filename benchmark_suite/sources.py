@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_suite.task_spec import TaskSpec
-from nemo_tiedlora.facade import UsageError
+from nemo_tiedlora.facade import UsageError, first_line
 
 Row = dict[str, Any]
 
@@ -106,8 +106,7 @@ def _downloaded(spec: TaskSpec, split: str) -> list[Row]:
     try:
         return load_dataset(source.path, source.config, split=source.splits[split], revision=source.revision).to_list()
     except Exception as error:  # whatever the Hub, the network or the dataset says, the way out is the same
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         wanted = f"DIR/{source.name}/{split}.jsonl"
         raise UsageError(
-            f"{spec.id}.{split}", source.path, f"{reason}; or give --data-root DIR with {wanted}"
+            f"{spec.id}.{split}", source.path, f"{first_line(error)}; or give --data-root DIR with {wanted}"
         ) from None

@@ -32,6 +32,11 @@ def closest(value: object, choices: Iterable[object]) -> str:
     return f"{hint}Valid: {', '.join(names)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, or its kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def check_choice(field: str, value: object, choices: Iterable[object]) -> None:
     """Raise ``UsageError`` unless ``value`` is one of ``choices``."""
     choices = list(choices)

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_tiedlora import __version__
+    from nemo_tiedlora.attach.placed import sizes as linear_sizes
     from nemo_tiedlora.console import run as run_command
     from nemo_tiedlora.console import show
     from nemo_tiedlora.embedded.tasks import TASKS as BUILTIN_TASKS
     from nemo_tiedlora.embedded.tasks import rows as builtin_rows
-    from nemo_tiedlora.errors import RunError, UsageError, check_choice, closest
+    from nemo_tiedlora.errors import RunError, UsageError, check_choice, closest, first_line
     from nemo_tiedlora.files import check_output, content_of, replacing, sha256_of, write_text
     from nemo_tiedlora.huggingface.attached import attach as attach_to_transformers
     from nemo_tiedlora.huggingface.bases import BUILTIN, base_at
     from nemo_tiedlora.huggingface.heads import heads_of
     from nemo_tiedlora.huggingface.placing import found as found_on
     from nemo_tiedlora.huggingface.placing import known as known_family
+    from nemo_tiedlora.huggingface.quiet import quiet as quiet_transformers
     from nemo_tiedlora.job.workbench import Job, Workbench, workbench
     from nemo_tiedlora.model.config import nemo_config
     from nemo_tiedlora.model.sizes import check_fit, lora_size, sizes
@@ -57,11 +59,14 @@ _HOMES: dict[str, tuple[str, str]] = {
     "config_for": ("nemo_tiedlora.variants", "config_for"),
     "content_of": ("nemo_tiedlora.files", "content_of"),
     "count": ("nemo_tiedlora.variants", "count"),
+    "first_line": ("nemo_tiedlora.errors", "first_line"),
     "found_on": ("nemo_tiedlora.huggingface.placing", "found"),
     "heads_of": ("nemo_tiedlora.huggingface.heads", "heads_of"),
     "known_family": ("nemo_tiedlora.huggingface.placing", "known"),
+    "linear_sizes": ("nemo_tiedlora.attach.placed", "sizes"),
     "lora_size": ("nemo_tiedlora.model.sizes", "lora_size"),
     "nemo_config": ("nemo_tiedlora.model.config", "nemo_config"),
+    "quiet_transformers": ("nemo_tiedlora.huggingface.quiet", "quiet"),
     "replacing": ("nemo_tiedlora.files", "replacing"),
     "run_command": ("nemo_tiedlora.console", "run"),
     "sha256_of": ("nemo_tiedlora.files", "sha256_of"),
@@ -100,11 +105,14 @@ __all__ = [
     "config_for",
     "content_of",
     "count",
+    "first_line",
     "found_on",
     "heads_of",
     "known_family",
+    "linear_sizes",
     "lora_size",
     "nemo_config",
+    "quiet_transformers",
     "replacing",
     "run_command",
     "sha256_of",

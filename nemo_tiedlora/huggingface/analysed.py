@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +20,12 @@ from nemo_tiedlora.attach.placed import Place, PlacedWeight, sizes
 from nemo_tiedlora.checkpoint import Adapter, Base, read
 from nemo_tiedlora.checkpoint.adapter import Blueprint
 from nemo_tiedlora.console import progress
-from nemo_tiedlora.errors import UsageError
+from nemo_tiedlora.errors import UsageError, first_line
 from nemo_tiedlora.files import content_of
 from nemo_tiedlora.huggingface.families import CONFIG, read_config
 from nemo_tiedlora.huggingface.held import HeldBase, checksums_of
 from nemo_tiedlora.huggingface.placing import ALL, Known, by_kind, found, known, place
+from nemo_tiedlora.huggingface.quiet import quiet
 from nemo_tiedlora.huggingface.weights import DTYPES, weight_files
 from nemo_tiedlora.model.config import check_shape
 from nemo_tiedlora.model.sizes import Sizes
@@ -69,14 +69,14 @@ class SavedModel:
     @cached_property
     def model(self) -> nn.Module:
         """With its weights, in their own type."""
-        with _silent():
+        with quiet():
             try:
                 model, facts = self.kind.from_pretrained(
                     self.folder, torch_dtype="auto", use_safetensors=True, local_files_only=True,
                     output_loading_info=True,
                 )  # fmt: skip
             except Exception as error:  # whatever transformers and what is below it make of a damaged file
-                raise self._error(f"transformers cannot load it ({_first_line(error)})") from None
+                raise self._error(f"transformers cannot load it ({first_line(error)})") from None
         if missing := facts["missing_keys"]:
             raise self._error(f"the tensor {missing[0]} is missing")
         return model.eval().requires_grad_(False)
@@ -132,13 +132,13 @@ class SavedModel:
                     continue
                 outputs.clear()
                 try:
-                    with _silent():
+                    with quiet():
                         model(input_ids=torch.tensor([ids]))
                 except (IndexError, RuntimeError) as error:
-                    way_out = f"the model cannot take {len(ids)} tokens ({_first_line(error)}); name fewer"
+                    way_out = f"the model cannot take {len(ids)} tokens ({first_line(error)}); name fewer"
                     raise UsageError("length", length, way_out) from None
                 except (TypeError, ValueError) as error:
-                    reason = f"a {type(model).__name__} cannot be run on a text alone ({_first_line(error)})"
+                    reason = f"a {type(model).__name__} cannot be run on a text alone ({first_line(error)})"
                     raise self._error(reason) from None
                 if len(outputs) != 1:
                     stacks = ", ".join(outputs) or "none"
@@ -155,11 +155,11 @@ class SavedModel:
         if not (self.folder / TOKENIZER).is_file():
             way_out = f"there is no {TOKENIZER} in it; load the tokenizer with transformers (use_fast=True) and save it"
             raise self._error(f"{way_out} there with save_pretrained")
-        with _silent():
+        with quiet():
             try:
                 return transformers.PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
             except Exception as error:  # tokenizers has no class of its own for what it refuses
-                raise self._error(f"its {TOKENIZER} cannot be loaded ({_first_line(error)})") from None
+                raise self._error(f"its {TOKENIZER} cannot be loaded ({first_line(error)})") from None
 
     def check(self, adapter: Path, field: str) -> None:
         self._fitting[adapter] = self._fit(adapter, field)
@@ -241,18 +241,3 @@ def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
             if all(not sizes(layer) and any(map(sizes, layer.modules())) for layer in module):
                 stacks[name] = module
     return stacks
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without what transformers says of weights and tokens that it does not need."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

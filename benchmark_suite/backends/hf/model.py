@@ -1,9 +1,6 @@
 """A Hugging Face model's folder as a base; nothing in it is run."""
 
 import hashlib
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +10,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto import modeling_auto as known
 
-from nemo_tiedlora.facade import UsageError, content_of, heads_of
+from nemo_tiedlora.facade import UsageError, content_of, first_line, heads_of, quiet_transformers
 
 #: What of a folder makes the base what it is.
 FILES = (
@@ -45,11 +42,10 @@ class ModelFolder:
 
     def _read(self, auto: Any, **settings: Any) -> Any:
         try:
-            with _quiet():
+            with quiet_transformers():
                 return auto.from_pretrained(self.path, local_files_only=True, trust_remote_code=False, **settings)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UsageError("base", str(self.path), f"transformers cannot load it: {reason}") from None
+            raise UsageError("base", str(self.path), f"transformers cannot load it: {first_line(error)}") from None
 
     def _kind(self) -> Kind:
         kind, named = type(self.config), (self.config.architectures or [""])[0]
@@ -103,7 +99,7 @@ class ModelFolder:
 
     def outline(self, outputs: int | None) -> Any:
         """The model without weights; ``outputs`` as in ``load``."""
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet_transformers():
             return self._auto(outputs).from_config(self._config(outputs))
 
     def load(self, outputs: int | None, precision: str) -> Any:
@@ -152,14 +148,3 @@ def _without_dropout(config: Any) -> None:
             _without_dropout(value)
         elif isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(config, name, 0.0)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers says of every new head that it is new."""
-    logger, level = logging.getLogger("transformers"), logging.getLogger("transformers").level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -50,7 +50,7 @@ def known() -> dict[str, Any]:
 def check(variant: VariantSpec) -> None:
     """Raises ``UsageError`` for a method that is not there or not run here, and for settings that it does not take."""
     try:
-        for rank in variant.ranks[:] or (None,):
+        for rank in variant.ranks or (None,):
             config_of(variant, rank, ["linear"])
     except UsageError as error:
         raise error.under(variant.name) from None

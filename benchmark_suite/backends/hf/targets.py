@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_tiedlora.facade import TARGET_NAMES, UsageError, known_family
+from nemo_tiedlora.facade import TARGET_NAMES, UsageError, known_family, linear_sizes
 
 #: Word → how the names of its modules end, in transformers' models.
 WORDS = {
@@ -38,9 +38,7 @@ def names_of(model: Any, targets: Iterable[str]) -> list[str]:
     Raises:
         UsageError: a word for layers that have none of the known names.
     """
-    from torch import nn
-
-    there = [name for name, module in model.named_modules() if _is_linear(nn, module) and not ELSEWHERE.search(name)]
+    there = [name for name, module in model.named_modules() if linear_sizes(module) and not ELSEWHERE.search(name)]
     names: list[str] = []
     for target in targets:
         words = TARGET_NAMES.get(target, [target])
@@ -57,7 +55,3 @@ def _of_word(word: str, there: list[str]) -> list[str]:
     return [name for name in there if ending.search(name)] or [
         name for part in WHOLE.get(word, ()) for name in _of_word(part, there)
     ]
-
-
-def _is_linear(nn: Any, module: Any) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
