@@ -18,9 +18,7 @@ def files(host, tmp_path_factory):
     """Training and validation rows, and a random Llama-like and GPT-2B-like base."""
     folder = tmp_path_factory.mktemp("toy")
     tokenizer = toy.tokenizer(folder)
-    return {
-        "train": toy.sums(folder / "train.jsonl", 200),
-        "validation": toy.sums(folder / "validation.jsonl", 8, seed=1),
+    return toy.rows(folder) | {
         "llama": toy.save_base(toy.llama_config(tokenizer), folder / "llama.nemo"),
         "gpt": toy.save_base(toy.gpt_config(tokenizer), folder / "gpt.nemo"),
     }

@@ -55,6 +55,11 @@ def sums(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def rows(folder: Path) -> dict[str, Path]:
+    """Training and validation rows, as files in a folder."""
+    return {"train": sums(folder / "train.jsonl", 200), "validation": sums(folder / "validation.jsonl", 8, seed=1)}
+
+
 def gpt_config(tokenizer_model: Path, **overrides):
     """A GPT-2B-like model: zero-centered layer norm, no bias, SwiGLU, half rotary, untied embeddings."""
     from omegaconf import OmegaConf

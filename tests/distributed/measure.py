@@ -24,11 +24,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
     with platform.host(), toy.clean_megatron():
         base = toy.save_base(toy.llama_config(toy.tokenizer(folder)), folder / "llama.nemo")
-    files = {
-        "train": toy.sums(folder / "train.jsonl", 200),
-        "validation": toy.sums(folder / "validation.jsonl", 8, seed=1),
-        "base": base,
-    }
+    files = toy.rows(folder) | {"base": base}
     cases = {name: case for name, case in CASES.items() if name != "TL6 with dropout"}  # random numbers differ
     alone = world.run(folder / "alone", cases, files, 1, {})
     found: dict[str, dict[str, float]] = {}

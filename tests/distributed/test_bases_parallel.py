@@ -28,11 +28,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     with platform.host(), toy.clean_megatron():
         tokenizer = toy.tokenizer(folder)
-        yield {
-            "train": toy.sums(folder / "train.jsonl", 200),
-            "validation": toy.sums(folder / "validation.jsonl", 8, seed=1),
-            "tokenizer": tokenizer,
-        }
+        yield toy.rows(folder) | {"tokenizer": tokenizer}
 
 
 @pytest.mark.parametrize(

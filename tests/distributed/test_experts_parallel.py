@@ -54,12 +54,7 @@ BACKWARD = "DynaLoRA"
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     with platform.host(), toy.clean_megatron():
-        tokenizer = toy.tokenizer(folder)
-        return {
-            "train": toy.sums(folder / "train.jsonl", 200),
-            "validation": toy.sums(folder / "validation.jsonl", 8, seed=1),
-            "base": bases.save("experts", tokenizer, folder),
-        }
+        return toy.rows(folder) | {"base": bases.save("experts", toy.tokenizer(folder), folder)}
 
 
 @pytest.fixture(scope="module")

@@ -112,12 +112,8 @@ def pairs(*without):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     with platform.host(), toy.clean_megatron():
-        tokenizer = toy.tokenizer(folder)
-        return {
-            "train": toy.sums(folder / "train.jsonl", 200),
-            "validation": toy.sums(folder / "validation.jsonl", 8, seed=1),
-            "base": toy.save_base(toy.llama_config(tokenizer), folder / "llama.nemo"),
-        }
+        base = toy.save_base(toy.llama_config(toy.tokenizer(folder)), folder / "llama.nemo")
+        return toy.rows(folder) | {"base": base}
 
 
 @pytest.fixture(scope="module")
